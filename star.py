@@ -1,0 +1,1306 @@
+"""star.py
+
+TODO
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import string
+import sys
+import threading
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+
+# ======================================================================================================================
+# Notation: these names, everywhere.
+#
+#   x_t    latents        [B, C, H, W]   noisy latents, x_t = (1 - sigma) x_0 + sigma n; C = 16, H = W = 64 at 512 px
+#   sigma  sigma          float          flow time: 1 = noise, 0 = data
+#   v      velocity       [B, C, H, W]   n - x_0 as the model predicts it, after classifier-free guidance (CFG)
+#   P      tokens         int            image tokens, one 2x2 latent patch each, row-major: P = H/2 * W/2
+#   N      text tokens    int            joint text sequence: the CLIP positions, then the T5 positions
+#   S      attention      [B, P]         probability mass that an image token's query puts on core text tokens
+#   M      allocation     [B, P]         allocation map: >= 0, mean over P exactly 1
+#   A      advantages     [B]            group-relative advantage
+#   l_p    log_prob       [B, P]         per-token mean of the Gaussian log-density of the step taken
+#   rho_p  ratio          [B, P]         exp(l_p - l_p_old)
+# ======================================================================================================================
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 0. The policy: one stochastic denoising step is one action, drawn from a Gaussian whose density we can write down.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sde_mean_std(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
+    """Mean and standard deviation of the next latents under Flow-GRPO's SDE (arXiv 2505.05470, eq. 9).
+
+        std_dev = a sqrt(sigma / (1 - sigma))             at sigma = 1 the denominator uses 1 - sigma_max
+        mean    = x (1 + std_dev^2 / (2 sigma) dt) + v (1 + std_dev^2 (1 - sigma) / (2 sigma)) dt
+        std     = std_dev sqrt(-dt),                      dt = sigma_next - sigma < 0
+
+    latents, velocity [B, C, H, W] of any float type; sigma > sigma_next floats in [0, 1]; sigma_max is sigmas[1], the
+    largest sigma below 1; noise_level is a. Returns (mean [B, C, H, W] fp32, std float, in latent units).
+    a = 0 is exactly the Euler step of diffusers' FlowMatchEulerDiscreteScheduler. Raises ValueError unless sigma falls.
+    """
+    if not 0 <= sigma_next < sigma <= 1:
+        raise ValueError(f"a step must go down in sigma, within [0, 1]: got {sigma} -> {sigma_next}")
+    dt = sigma_next - sigma
+    std_dev = noise_level * math.sqrt(sigma / (1 - (sigma_max if sigma == 1 else sigma)))
+    drift = std_dev**2 / (2 * sigma)
+    mean = latents.float() * (1 + drift * dt) + velocity.float() * ((1 + drift * (1 - sigma)) * dt)
+    return mean, std_dev * math.sqrt(-dt)
+
+
+def token_log_prob(next_latents, mean, std, patch_size=2):
+    """l_p: log N(next_latents; mean, std^2), averaged over the C x patch x patch numbers of each image token.
+
+    next_latents, mean [B, C, H, W]; std > 0 float. Returns [B, P] fp32 in nats per latent number, P row-major.
+    A mean and not a sum, as in Flow-GRPO: mean_p l_p is its image-level log-probability exactly.
+    """
+    if std <= 0:
+        raise ValueError("a deterministic step (std = 0) has no density")
+    log_density = (
+        -((next_latents.float() - mean.float()) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
+    )
+    return F.avg_pool2d(log_density.mean(1, keepdim=True), patch_size).flatten(1)  # [B, 1, H, W] -> [B, P]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Where does the model itself look for the prompt's core content? Text-image attention, captured on the way.
+#    The paper is silent on which attention it reads. We take SD3's joint attention, image queries on text keys,
+#    softmax over the whole joint key set, heads averaged, in the block(s) that localise best (--attention-blocks).
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CaptureProcessor:
+    """An attention processor that calls the original one, then reads S beside it: the output stays the original's."""
+
+    def __init__(self, processor, core_mask, captured):
+        self.processor, self.core_mask, self.captured = processor, core_mask, captured
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        output = self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        self.captured.append(core_attention(attn, hidden_states, encoder_hidden_states, self.core_mask))
+        return output
+
+
+@torch.no_grad()
+def core_attention(attn, image_states, text_states, core_mask):
+    """S: the share of each image token's attention that goes to the core text tokens, averaged over heads.
+
+    S = softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core: attention applied to *values that are the indicator of the
+    core tokens*, so one more scaled_dot_product_attention gives it exactly and the [P, P + N] matrix is never formed.
+
+    attn: diffusers Attention of an SD3 block; image_states [B', P, D], text_states [B', N, D]: its inputs;
+    core_mask [B, N] bool. With CFG, B' = 2B and the conditional half comes last. Returns [B, P] fp32 in [0, 1].
+    """
+    batch = len(core_mask)
+    image_states, text_states = image_states[-batch:], text_states[-batch:]
+
+    def heads(linear, norm, states):  # [B, L, D] -> [B, heads, L, head_dim], after SD3.5's RMS norm of q and k
+        states = linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        return states if norm is None else norm(states)
+
+    query = heads(attn.to_q, attn.norm_q, image_states)
+    key = torch.cat(  # SD3 puts the image tokens first, then the text tokens
+        [heads(attn.to_k, attn.norm_k, image_states), heads(attn.add_k_proj, attn.norm_added_k, text_states)], dim=2
+    )
+    indicator = F.pad(core_mask.to(key.dtype), (image_states.shape[1], 0))  # [B, P + N]
+    value = indicator[:, None, :, None].expand_as(key).contiguous()
+    return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)  # any channel is S
+
+
+@contextlib.contextmanager
+def capture_attention(transformer, core_mask, blocks):
+    """Within this context every forward of a diffusers SD3Transformer2DModel leaves S in the list it yields.
+
+    core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] a block, in block order.
+    The model's output is bitwise what it is without capture; processors are restored on exit, also after an exception.
+    SD3.5's second attention (attn2) sees no text and is left alone.
+    """
+    attentions = [transformer.transformer_blocks[block].attn for block in blocks]
+    originals = [attn.processor for attn in attentions]
+    captured = []
+    try:
+        for attn in attentions:
+            attn.set_processor(CaptureProcessor(attn.processor, core_mask, captured))
+        yield captured
+    finally:
+        for attn, original in zip(attentions, originals):
+            attn.set_processor(original)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The prompt's core content, as character spans, then as text tokens.
+#    The paper says "core content" and no more. We take: ocr, the quoted text; geneval, the objects, colours, counts and
+#    relations that the prompt's own metadata names; pickscore, every word that is not a function word.
+# ---------------------------------------------------------------------------------------------------------------------
+
+STOP_WORDS = frozenset(
+    "a an the and or but of in on at by to from with without into onto over under as for is are was were be been being "
+    "it its this that these those there their his her they he she who which while has have had very".split()
+)
+NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
+
+
+def quoted_span(prompt):
+    """(start, end) of the characters between the first pair of ASCII double quotes. ValueError if there are none."""
+    start = prompt.find('"') + 1
+    end = prompt.find('"', start)
+    if start == 0 or end == -1 or not prompt[start:end].strip():
+        raise ValueError('no text between double quotes; write it as: a sign that says "HELLO"')
+    return start, end
+
+
+def core_spans(prompt, task, metadata=None):
+    """Character spans [(start, end), ...] of the prompt's core content, sorted and disjoint (end exclusive).
+
+    task: "ocr", "geneval" (metadata: the prompt's own line, with `include`) or "pickscore".
+    Raises ValueError for an unknown task, an ocr prompt without quoted text, geneval without metadata.
+    """
+    if task == "ocr":
+        return [quoted_span(prompt)]
+    if task == "pickscore":
+        return content_spans(prompt)
+    if task != "geneval":
+        raise ValueError(f"unknown task {task!r}: one of ocr, geneval, pickscore")
+    if not metadata or not metadata.get("include"):
+        raise ValueError("a geneval prompt needs its metadata, with `include`")
+    phrases = []
+    for clause in metadata["include"]:
+        phrases += [re.escape(clause["class"]) + "(?:e?s)?"]  # GenEval's plurals: apples, buses, knifes
+        phrases += [re.escape(clause["color"])] if clause.get("color") else []
+        phrases += [re.escape(clause["position"][0])] if clause.get("position") else []
+        phrases += [f"{NUMBER_WORDS.get(clause.get('count', 1), '')}|{clause.get('count', 1)}"]
+    found = re.finditer(rf"\b(?:{'|'.join(sorted(phrases, key=len, reverse=True))})\b", prompt, re.IGNORECASE)
+    return [match.span() for match in found] or content_spans(prompt)
+
+
+def content_spans(prompt):
+    """Spans of all words but function words; of the whole prompt where nothing else is left."""
+    words = [match.span() for match in re.finditer(r"\w+(?:['’-]\w+)*", prompt)]
+    return [(a, b) for a, b in words if prompt[a:b].lower() not in STOP_WORDS] or words or [(0, len(prompt))]
+
+
+def token_mask(spans, offsets):
+    """Which tokens overlap the spans. offsets: one (start, end) of characters a token, as fast tokenizers give them;
+    special and padding tokens are empty (start == end) and never core. Returns a list of bool."""
+    return [any(start < b and a < end for a, b in spans) and start < end for start, end in offsets]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. From attention to an allocation map of mean 1, one for every denoising step of every rollout.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def allocation_map(attention, strength):
+    """M = (1 - lambda) + lambda S / mean_P(S): how strongly each region receives the advantage.
+
+    attention [..., P] >= 0; strength lambda in [0, 1], 0 = uniform. Returns [..., P] fp32, detached, >= 0, mean over P 1
+    (so learning rate, clip range and KL weight keep Flow-GRPO's units). No attention at all gives the uniform map.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"allocation strength must lie in [0, 1], got {strength}")
+    attention = attention.detach().float()
+    mean = attention.mean(-1, keepdim=True)
+    relative = torch.where(mean > 0, attention / mean.clamp_min(torch.finfo(torch.float32).tiny), torch.ones_like(mean))
+    return (1 - strength) + strength * relative
+
+
+def arrange_allocation(attention, arm, strength, generators):
+    """The maps of one arm: attention (STAR) or one of its controls. attention [T, B, P] -> allocation [T, B, P].
+
+    uniform: M = 1. shuffled: every map permuted over space by its sample's generator: the same weights in the wrong
+    places. static: each sample's maps averaged over its steps: the right places, without the temporal part.
+    """
+    allocation = allocation_map(attention, strength)
+    if arm == "uniform":
+        return torch.ones_like(allocation)
+    if arm == "static":
+        return allocation.mean(0, keepdim=True).expand_as(allocation)
+    if arm == "shuffled":
+        steps, _, tokens = allocation.shape
+        order = torch.stack([torch.stack([torch.randperm(tokens, generator=g) for g in generators]) for _ in range(steps)])
+        return allocation.gather(-1, order.to(allocation.device))
+    return allocation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Group-relative advantages, as Flow-GRPO computes them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, group_size):
+    """A_i = (r_i - mean of its group) / (std of the whole batch + 1e-4), clamped to [-5, 5].
+
+    rewards [B], groups contiguous: rows 0..group_size-1 are the first prompt's. Returns [B] fp32.
+    A group of equal rewards gives exactly 0. Raises ValueError if B does not divide or a reward is not finite.
+    """
+    if group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("a reward is not a finite number")
+    groups = rewards.double().view(-1, group_size)
+    groups = groups - groups[:, :1]  # equal rewards become exact zeros before the mean can round
+    centred = groups - groups.mean(1, keepdim=True)
+    std = rewards.double().std(correction=0)  # over the whole batch: Flow-GRPO's global std
+    return (centred / (std + 1e-4)).clamp(-5, 5).flatten().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The spatially resolved clipped objective, and the scalar baseline it reduces to.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clipped_objective(log_ratio, advantages, clip_range):
+    """PPO's -min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise, and the statistics of rho. Shapes broadcast."""
+    ratio = log_ratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+    with torch.no_grad():
+        stats = {
+            "ratio": ratio.mean(),
+            "ratio_deviation": (ratio - 1).abs().max(),
+            "clip_high": (ratio > 1 + clip_range).float().mean(),
+            "clip_low": (ratio < 1 - clip_range).float().mean(),
+            "approximate_kl": 0.5 * (log_ratio**2).mean(),
+        }
+    return loss.mean(), stats
+
+
+def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range):
+    """STAR's spatially resolved clipped objective: every region p has its own ratio and its own share of the advantage.
+
+        A_p = M_p A        L = -mean_p min( rho_p A_p, clip(rho_p, 1 - eps_p, 1 + eps_p) A_p )        eps_p = eps sqrt(P)
+
+    log_prob, old_log_prob, allocation [B, P]; advantages [B]; clip_range is eps, the image-level one (Flow-GRPO's 1e-4).
+    The mean over a region has P times fewer terms than over the image, so its log-ratio spreads sqrt(P) times wider: the
+    clip range widens with it (ours; the paper's abstract does not say). Gradient flows through log_prob alone. At
+    theta = theta_old and M = 1 it is flow_grpo_objective's gradient exactly. Returns (loss scalar, stats).
+    """
+    tokens = log_prob.shape[-1]
+    allocation = allocation.detach()
+    loss, stats = clipped_objective(
+        log_prob - old_log_prob.detach(), allocation * advantages[:, None], clip_range * math.sqrt(tokens)
+    )
+    share = allocation / tokens  # a distribution over the image
+    stats["allocation_entropy"] = -torch.special.xlogy(share, share).sum(-1).mean() / math.log(max(tokens, 2))
+    stats["allocation_max"] = allocation.amax(-1).mean()
+    stats["allocation_top10"] = share.topk(max(1, round(tokens / 10)), dim=-1).values.sum(-1).mean()
+    return loss, stats
+
+
+def flow_grpo_objective(log_prob, old_log_prob, advantages, clip_range):
+    """Flow-GRPO's objective (arXiv 2505.05470): one ratio exp(mean_p(l_p - l_p_old)) and one advantage an image.
+
+    log_prob, old_log_prob [B, P]; advantages [B]. Returns (loss scalar, stats).
+    """
+    return clipped_objective((log_prob - old_log_prob.detach()).mean(-1), advantages, clip_range)
+
+
+def kl_to_reference(mean, reference_mean, std, dt):
+    """KL of the step from the reference policy's: mean of (mean - reference_mean)^2 / (2 std_dev^2), Flow-GRPO's form.
+
+    mean, reference_mean [B, C, H, W]; std and dt as of sde_mean_std. std_dev = std / sqrt(-dt) leaves sqrt(-dt) out, as
+    Flow-GRPO does, so that its weights (0.04 ocr and geneval, 0.01 pickscore) carry over. Returns a scalar.
+    """
+    return ((mean - reference_mean.detach()) ** 2).mean() * (-dt) / (2 * std**2)
+
+
+def step_weights(sigmas, noise_level, mode):
+    """How loud each trained step speaks: "none", all 1 (Flow-GRPO); "equal", std / |d mean / d velocity|, of mean 1.
+
+    The gradient with respect to the velocity goes as |d mean / d velocity| / std, which at 10 steps grows 26-fold from
+    the first step to the ninth; "equal" undoes that (ours, off by default for SD3.5).
+    sigmas: the sampler's grid, T + 1 floats from 1 to 0. Returns T - 1 floats: the last step is never trained.
+    """
+    trained = len(sigmas) - 2
+    if mode == "none":
+        return [1.0] * trained
+    zero, one = torch.zeros(()), torch.ones(())
+    weights = []
+    for sigma, sigma_next in zip(sigmas[:trained], sigmas[1:]):
+        gain, std = sde_mean_std(zero, one, sigma, sigma_next, sigmas[1], noise_level)  # the mean is linear in v
+        weights.append(std / abs(gain.item()))
+    return [weight * trained / sum(weights) for weight in weights]
+
+
+# ======================================================================================================================
+# Settings: one dataclass, and the command line is made from it. `None` means: by model, see PRESETS.
+# ======================================================================================================================
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    task: str = setting("ocr", "what the reward measures: ocr (is the quoted text readable?), geneval or pickscore")
+    model: str | None = setting(
+        None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder; "
+        "default: stabilityai/stable-diffusion-3.5-medium with a CUDA device, else tiny"
+    )  # fmt: skip
+    method: str = setting("star", "star (an advantage for every region) or flow-grpo (one scalar for the whole image)")
+    allocation: str = setting(
+        "attention", "star's maps: attention; or a control: uniform (all 1), shuffled (over space), static (over steps)"
+    )
+    allocation_strength: float = setting(1.0, "lambda: 0 uniform, 1 the attention map alone (paper silent; ours)")
+    attention_blocks: str | None = setting(
+        None, "joint blocks to read, e.g. 9 or 8,9,10 (SD3.5: 9, Seg4Diff's finding; tiny: its last)"
+    )
+    step_weights: str | None = setting(
+        None, "none (Flow-GRPO; SD3.5's default) or equal: every denoising step speaks equally loud (tiny's default)"
+    )
+    iterations: int | None = setting(None, "rounds of sampling and updating")
+    prompts_per_iteration: int | None = setting(None, "groups an iteration")
+    group_size: int | None = setting(None, "images a prompt, compared with each other; at least 2 (Flow-GRPO: 24)")
+    batch_size: int | None = setting(None, "images a forward pass, in sampling and update alike; memory goes with it")
+    optimizer_steps: int = setting(2, "optimizer steps an iteration, one pass over the images (Flow-GRPO: 2)")
+    learning_rate: float | None = setting(None, "AdamW's, constant; all weights train (no LoRA)")
+    clip_range: float = setting(1e-4, "eps of an image-level ratio (Flow-GRPO's); a region's is eps sqrt(P)")
+    kl: float | None = setting(None, "weight of the KL to the starting model; 0 keeps no reference copy")
+    guidance: float | None = setting(None, "classifier-free guidance, in sampling, update and evaluation; 1 = off")
+    sampling_steps: int = setting(10, "denoising steps of a rollout, all but the last trained (Flow-GRPO: 10)")
+    noise_level: float = setting(0.7, "a of the SDE sampler: how much each step explores (Flow-GRPO: 0.7)")
+    eval_every: int | None = setting(None, "iterations between evaluations on the test prompts")
+    eval_steps: int | None = setting(None, "denoising steps of the deterministic sampler in evaluation")
+    resolution: int | None = setting(None, "pixels a side")
+    t5_length: int | None = setting(None, "text positions for T5 (Flow-GRPO: 128)")
+    dtype: str | None = setting(None, "bf16 or fp32: the weights of forward and backward; the optimizer's are fp32")
+    train_prompts: str | None = setting(None, "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work")
+    test_prompts: str | None = setting(None, "file, likewise; evaluated in order")
+    seed: int = setting(0, "of everything random in the run")
+    out: str | None = setting(None, "the run's folder, new or empty; default runs/<task>-<model>-<method>-<time>")
+
+    @property
+    def blocks(self):
+        return tuple(int(block) for block in self.attention_blocks.split(","))
+
+
+PRESETS = {
+    "tiny": dict(
+        attention_blocks="3", step_weights="equal", iterations=40, prompts_per_iteration=8, group_size=16,
+        batch_size=32, learning_rate=1e-4, kl=0.0, guidance=1.0, eval_every=10, eval_steps=10, resolution=48,
+        t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt", test_prompts="prompts/tiny/test.txt",
+    ),
+    "sd3": dict(  # Flow-GRPO's, but for the learning rate (theirs, 3e-4, is for LoRA) and the number of groups (48)
+        attention_blocks="9", step_weights="none", iterations=1000, prompts_per_iteration=8, group_size=24,
+        batch_size=8, learning_rate=1e-5, kl=0.04, guidance=4.5, eval_every=50, eval_steps=40, resolution=512,
+        t5_length=128, dtype="bf16", train_prompts="prompts/{task}/train.txt", test_prompts="prompts/{task}/test.txt",
+    ),
+}  # fmt: skip
+
+def preset_help():
+    lines = ["defaults that depend on the model:", f"  {'':24s}{'tiny':26s}SD3 / SD3.5"]
+    lines += [f"  {name:24s}{value!s:26s}{PRESETS['sd3'][name]}" for name, value in PRESETS["tiny"].items()]
+    return "\n".join(lines)
+
+
+CHOICES = {
+    "task": ("ocr", "geneval", "pickscore"),
+    "method": ("star", "flow-grpo"),
+    "allocation": ("attention", "uniform", "shuffled", "static"),
+    "step_weights": ("none", "equal"),
+    "dtype": ("bf16", "fp32"),
+}
+
+
+# ======================================================================================================================
+# The trainer: roll out groups of images, reward them, update. The method ends above; this is how it is run.
+# ======================================================================================================================
+
+
+@dataclass
+class Trajectory:
+    """One microbatch of rollouts: what the update needs to take the same forward passes again, on the same rows."""
+
+    text: tuple  # (embeddings [B or 2B, N, D], pooled [B or 2B, D]); with CFG the empty prompt's half first
+    latents: torch.Tensor  # [T + 1, B, C, H, W] fp32, from pure noise to the final latents
+    log_prob: torch.Tensor | None  # [T, B, P] under the policy that sampled them; None for the ODE
+    attention: torch.Tensor | None  # [T, B, P], S; None where it was not asked for
+    generators: list  # one a sample, in the state after its noise
+    allocation: torch.Tensor | None = None  # [T, B, P], M
+    advantages: torch.Tensor | None = None  # [B], A
+
+
+def predict_velocity(transformer, latents, sigma, text, guidance):
+    """v [B, C, H, W] fp32. guidance > 1: classifier-free guidance, v = v_empty + g (v_prompt - v_empty), one batch of 2B."""
+    embeddings, pooled = text
+    inputs = torch.cat([latents, latents]) if guidance > 1 else latents
+    velocity = transformer(
+        hidden_states=inputs.to(transformer.dtype),
+        encoder_hidden_states=embeddings,
+        pooled_projections=pooled,
+        timestep=torch.full((len(inputs),), sigma * 1000, device=inputs.device),
+        return_dict=False,
+    )[0].float()
+    if guidance > 1:
+        empty, prompt = velocity.chunk(2)
+        velocity = empty + guidance * (prompt - empty)
+    return velocity
+
+
+def sample_generator(*key):
+    """A CPU generator that is a function of its key (seed, iteration, prompt, sample) alone, never of history: results
+    depend neither on how the work is split into batches nor on what was drawn before."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@torch.no_grad()
+def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, blocks=()):
+    """Sample one microbatch from pure noise to images in latent space.
+
+    noise [B, T + 1, C, H, W]: the start, then each step's; noise_level 0 is the deterministic sampler of evaluation;
+    blocks: where to capture attention, none for no capture. Returns (latents, log_prob or None, attention or None).
+    """
+    latents, log_probs, attention = [noise[:, 0]], [], []
+    with capture_attention(transformer, core_mask, blocks) as captured:
+        for i in range(len(sigmas) - 1):
+            velocity = predict_velocity(transformer, latents[i], sigmas[i], text, guidance)
+            mean, std = sde_mean_std(latents[i], velocity, sigmas[i], sigmas[i + 1], sigmas[1], noise_level)
+            latents.append(mean + std * noise[:, i + 1])
+            if std > 0:
+                log_probs.append(token_log_prob(latents[-1], mean, std, transformer.config.patch_size))
+            if blocks:
+                attention.append(torch.stack(captured).mean(0))  # over blocks -> [B, P]
+                captured.clear()
+    stack = lambda steps: torch.stack(steps) if steps else None
+    return torch.stack(latents), stack(log_probs), stack(attention)
+
+
+def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, reward=None, blocks=()):
+    """Roll out `copies` images of every prompt; rewards are computed in other threads while sampling goes on.
+
+    prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
+    Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together.
+    """
+    embeddings, pooled = policy.encode([prompt.text for prompt in prompts])  # [K, ...]: every prompt once
+    empty = policy.encode([""]) if settings.guidance > 1 else None
+    masks = policy.core_mask(prompts)
+    trajectories, images, pending = [], [], []
+    for rows in torch.arange(len(prompts) * copies).split(settings.batch_size):
+        slots = rows // copies
+        generators = [sample_generator(*key, int(row) // copies, int(row) % copies) for row in rows]
+        noise = torch.stack([torch.randn(len(sigmas), *policy.latent_shape, generator=g) for g in generators]).to(policy.device)
+        text = (embeddings[slots], pooled[slots])
+        if empty is not None:
+            text = tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
+        latents, log_prob, attention = rollout(
+            policy.transformer, text, masks[slots], noise, sigmas, noise_level, settings.guidance, blocks
+        )
+        trajectories.append(Trajectory(text, latents, log_prob, attention, generators))
+        images.append(policy.decode(latents[-1]))
+        if reward is not None:
+            pending += reward.submit(images[-1], [prompts[slot] for slot in slots])
+    return trajectories, torch.cat(images), pending
+
+
+def policy_loss(settings, trajectory, i, log_prob):
+    """The objective of one microbatch at step i: (loss, stats)."""
+    old_log_prob, advantages = trajectory.log_prob[i], trajectory.advantages
+    if settings.method == "flow-grpo":
+        return flow_grpo_objective(log_prob, old_log_prob, advantages, settings.clip_range)
+    return star_objective(log_prob, old_log_prob, advantages, trajectory.allocation[i], settings.clip_range)
+
+
+def update(policy, reference, optimizer, trajectories, sigmas, settings):
+    """One pass over the rollouts in `optimizer_steps` optimizer steps, over denoising steps 0..T-2 (never the last).
+
+    Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first optimizer step
+    the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation is the largest
+    |ratio - 1| before the first optimizer step, which must be 0.
+    """
+    transformer, trained = policy.transformer, len(sigmas) - 2
+    weights = step_weights(sigmas, settings.noise_level, settings.step_weights)
+    history, first_deviation, skipped, norms = [], 0.0, 0, []
+    chunk_size = len(trajectories) // settings.optimizer_steps
+    for start in range(0, len(trajectories), chunk_size):
+        chunk = trajectories[start : start + chunk_size]
+        for trajectory in chunk:
+            if settings.kl == 0 and not trajectory.advantages.any():
+                skipped += 1  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
+                continue
+            for i in range(trained):
+                latents, sigma, sigma_next = trajectory.latents[i], sigmas[i], sigmas[i + 1]
+                step = (sigma, sigma_next, sigmas[1], settings.noise_level)
+                velocity = predict_velocity(transformer, latents, sigma, trajectory.text, settings.guidance)
+                mean, std = sde_mean_std(latents, velocity, *step)
+                log_prob = token_log_prob(trajectory.latents[i + 1], mean, std, transformer.config.patch_size)
+                loss, stats = policy_loss(settings, trajectory, i, log_prob)
+                if reference is not None:
+                    with torch.no_grad():
+                        old = predict_velocity(reference, latents, sigma, trajectory.text, settings.guidance)
+                        reference_mean, _ = sde_mean_std(latents, old, *step)
+                    stats["kl"] = kl_to_reference(mean, reference_mean, std, sigma_next - sigma)
+                    loss = loss + settings.kl * stats["kl"]
+                (loss * weights[i] / (len(chunk) * trained)).backward()
+                history.append({name: float(value) for name, value in stats.items()})
+                if start == 0:
+                    first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
+        norms.append(optimizer.step())
+    averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
+    averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "gradient_norm": sum(norms) / len(norms)}
+    return averages
+
+
+class MasterAdamW:
+    """LoRA-free bf16 training: every weight trains, and none loses its update to bf16's eight bits.
+
+    The model's own weights (bf16 or fp32) do the forward and backward; fp32 master weights, fp32 gradient accumulators
+    and fp32 AdamW moments do the update, whose result is copied back. Each gradient is added to its accumulator and
+    freed as soon as backward has made it, so gradients never exist twice.
+    """
+
+    def __init__(self, parameters, learning_rate):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=1e-4)  # Flow-GRPO's settings
+        for parameter, master in zip(self.parameters, self.masters):
+            parameter.register_post_accumulate_grad_hook(functools.partial(self.accumulate, master))
+
+    @staticmethod
+    def accumulate(master, parameter):
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, max_norm=1.0):
+        """Clip the accumulated gradient to max_norm, take one AdamW step, copy back. Returns the norm before clipping."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError("the gradient is not finite; lower --learning-rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for parameter, master in zip(self.parameters, self.masters):
+            parameter.copy_(master)
+        return norm
+
+
+# ======================================================================================================================
+# Plumbing: models, prompts, rewards, pictures, files, the command line.
+# ======================================================================================================================
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BadInput(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
+
+
+class Prompt(NamedTuple):
+    text: str
+    metadata: dict | None = None  # geneval's line
+
+
+class Policy:
+    """The model from text to pixels, around a diffusers StableDiffusion3Pipeline: SD3.5 or the embedded one alike."""
+
+    def __init__(self, pipe, settings, device):
+        self.pipe, self.settings, self.device = pipe, settings, torch.device(device)
+        self.transformer = pipe.transformer.to(device).eval()
+        self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
+        for module in (pipe.vae.to(device), *self.encoders):
+            module.requires_grad_(False)
+        size = settings.resolution // pipe.vae_scale_factor
+        self.latent_shape = (self.transformer.config.in_channels, size, size)
+        self.fallbacks = 0  # prompts whose core content was lost to truncation
+
+    def embed(self, texts):
+        """(embeddings [K, N, D], pooled [K, D]): CLIP's positions, then T5's (zeros where there is no T5: SD3's way)."""
+        embeddings, _, pooled, _ = self.pipe.encode_prompt(
+            texts, None, None, device=self.device, do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.t5_length,
+        )  # fmt: skip
+        return embeddings.to(self.transformer.dtype), pooled.to(self.transformer.dtype)
+
+    @torch.no_grad()
+    def encode(self, texts):
+        """embed(), with the text encoders on the device only while they encode."""
+        for encoder in self.encoders:
+            encoder.to(self.device)
+        text = self.embed(texts)
+        if self.device.type != "cpu":
+            for encoder in self.encoders:
+                encoder.to("cpu")
+        return text
+
+    def core_mask(self, prompts):
+        """[K, N] bool: the core content's positions in the joint text sequence, CLIP's first, then T5's. Never empty:
+        where truncation has cut the core content off, all content tokens that are left stand in, with a warning once."""
+        segments = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
+        if self.pipe.text_encoder_3 is not None:
+            segments += [(self.pipe.tokenizer_3, self.settings.t5_length)]
+        rows = []
+        for prompt in prompts:
+            offsets = []
+            for tokenizer, length in segments:
+                encoding = tokenizer(
+                    prompt.text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+                )
+                offsets += encoding["offset_mapping"]
+            row = token_mask(core_spans(prompt.text, self.settings.task, prompt.metadata), offsets)
+            if not any(row):
+                row = token_mask(content_spans(prompt.text), offsets)
+                row = row if any(row) else token_mask([(0, len(prompt.text))], offsets)
+                if not self.fallbacks:
+                    print(f"note: {prompt.text[:60]!r}... is cut off before its core content: all words stand in for it")
+                self.fallbacks += 1
+            rows.append(row)
+        masks = torch.tensor(rows, device=self.device)
+        if self.pipe.text_encoder_3 is None:  # the zeros that stand where T5's positions would
+            masks = F.pad(masks, (0, self.settings.t5_length))
+        return masks
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents [B, C, H, W] -> images [B, 3, h, w] uint8 on the CPU."""
+        vae = self.pipe.vae
+        latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        pixels = vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu()
+
+    def sigmas(self, steps):
+        """The scheduler's own grid: T + 1 floats from 1 to 0."""
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.sigmas.tolist()
+
+
+def load_policy(settings, reward, device):
+    """SD3 / SD3.5 from the hub or a local folder, or the embedded tiny model."""
+    if settings.model == "tiny":
+        return tiny_policy(settings, reward, device)
+    from diffusers import StableDiffusion3Pipeline
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(settings.model, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"--model {settings.model}: {str(error).strip().splitlines()[0]} (SD3.5 is gated: accept its licence at "
+            "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, then run `hf auth login`; "
+            "--model tiny needs nothing)"
+        ) from error
+    return Policy(pipe, settings, device), None
+
+
+# --- the embedded model: a small SD3 that learns to write -------------------------------------------------------------
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TINY = {  # the recipe of the embedded model: change anything here and it is pre-trained anew
+    "image": 48,  # px, grey; latents are its 4x4 pixel blocks: 16 channels of 12x12, hence 36 tokens of 8x8 px
+    "letters": 3,
+    "glyph": 8,  # px: every letter fills one token
+    "text_length": 24,
+    "text_width": 64,
+    "layers": 4,
+    "heads": 4,
+    "head_dim": 32,
+    "reading_steps": 250,
+    "reading_batch": 128,
+    "reading_rate": 3e-3,
+    "steps": 1000,
+    "batch": 32,
+    "rate": 1.5e-3,
+    "judge_every": 25,
+    "stop_reward": 0.45,  # on training words: the base is to be a poor speller
+    "seed": 0,
+}
+
+
+class PixelVAE(torch.nn.Module):
+    """Stands where SD3's VAE stands: grey images [B, 1, h, w] <-> latents [B, 16, h/4, w/4]. Nothing is learned."""
+
+    config = SimpleNamespace(  # scaled to about unit variance, as SD3's latents are: unscaled, letters drown in noise
+        scaling_factor=2.5, shift_factor=-0.4, block_out_channels=(1, 1, 1), latent_channels=16
+    )  # fmt: skip
+    dtype = torch.float32
+
+    def encode(self, images):
+        return F.pixel_unshuffle(images, 4)
+
+    def decode(self, latents, return_dict=False):
+        return (F.pixel_shuffle(latents, 4),)
+
+
+def tiny_pipeline():
+    """The untrained parts: character-level CLIP tokenizer and two small CLIP encoders, SD3 transformer, no T5."""
+    import diffusers
+    import transformers
+
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    words = list(characters) + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TINY["text_length"]
+    )
+    width = TINY["text_width"]
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TINY["text_length"],
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    size = TINY["image"] // 4
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=size, pos_embed_max_size=size // 2, patch_size=2, in_channels=16, out_channels=16,
+        num_layers=TINY["layers"], num_attention_heads=TINY["heads"], attention_head_dim=TINY["head_dim"],
+        caption_projection_dim=TINY["heads"] * TINY["head_dim"], joint_attention_dim=2 * width,
+        pooled_projection_dim=2 * width, qk_norm="rms_norm",
+    )  # fmt: skip
+    encoders = [transformers.CLIPTextModelWithProjection(config) for _ in range(2)]
+    for encoder in encoders:  # from CLIP's own 0.02, reading would take many times as long to learn
+        torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
+        torch.nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight)
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=PixelVAE(),
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+@functools.cache
+def glyphs():
+    """[26, 8, 8] in [0, 1]: the capitals of Pillow's built-in font, each squeezed into one token's cell."""
+    cell, font = TINY["glyph"], ImageFont.load_default(size=40)
+    drawn = []
+    for letter in LETTERS:
+        canvas = Image.new("L", (64, 64))
+        ImageDraw.Draw(canvas).text((32, 32), letter, fill=255, font=font, anchor="mm", stroke_width=2)
+        ink = canvas.crop(canvas.getbbox())
+        width = max(1, round(ink.width * min((cell - 1) / ink.width, (cell - 1) / 28)))  # never stretched, I stays thin
+        glyph = Image.new("L", (cell, cell))
+        glyph.paste(ink.resize((width, cell - 1), Image.LANCZOS), ((cell - width) // 2, 0))
+        drawn.append(torch.from_numpy(np.array(glyph)) / 255)
+    return torch.stack(drawn)
+
+
+def render_words(words, generator):
+    """Words -> grey images [B, 1, 48, 48] in [-1, 1]: dark letters on a bright sign, which stands at a random place of
+    the letter grid (6 rows x 2 columns) before a random soft gradient. The sign fills a twelfth of the image."""
+    size, cell, count = TINY["image"], TINY["glyph"], len(words)
+    axis = torch.linspace(-0.5, 0.5, size)
+    one, other, turn = torch.rand(3, count, 1, 1, generator=generator)
+    slope = (2 * math.pi * turn).cos() * axis + (2 * math.pi * turn).sin() * axis[:, None]
+    images = (one + other) / 4 + (one - other) / 2 * slope
+    width = cell * TINY["letters"]
+    rows = torch.randint(size // cell, (count,), generator=generator) * cell
+    columns = torch.randint(size // width, (count,), generator=generator) * width
+    for image, word, top, left in zip(images, words, rows, columns):
+        letters = [glyphs()[LETTERS.index(letter)] for letter in word]
+        image[top : top + cell, left : left + width] = 1 - torch.cat(letters, dim=1)
+    return images[:, None] * 2 - 1
+
+
+def teach_reading(pipe, draw_prompts):
+    """Pre-train the text encoders, as SD3's were: every token learns to tell which letter of the quoted word it is,
+    and the pooled feature to spell the word. The linear heads that ask for it are thrown away."""
+    letters, width = TINY["letters"], TINY["text_width"]
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    heads = torch.nn.ModuleList([torch.nn.Linear(width, 26 * letters + 1) for _ in encoders])
+    spellers = torch.nn.ModuleList([torch.nn.Linear(width, 26 * letters) for _ in encoders])
+    modules = torch.nn.ModuleList([*encoders, heads, spellers])
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=TINY["reading_rate"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY["reading_rate"], total_steps=TINY["reading_steps"])
+    for _ in tqdm(range(TINY["reading_steps"]), desc="teaching the text encoders to read", leave=False):
+        prompts, words = draw_prompts(TINY["reading_batch"])
+        batch = pipe.tokenizer(
+            prompts, padding="max_length", truncation=True, return_tensors="pt", return_offsets_mapping=True
+        )
+        target = torch.tensor([[LETTERS.index(letter) for letter in word] for word in words])
+        label = torch.full(batch.input_ids.shape, 26 * letters)  # "not in the word"
+        for row, (prompt, word) in enumerate(zip(prompts, words)):
+            start, end = quoted_span(prompt)
+            for position, (a, b) in enumerate(batch.offset_mapping[row].tolist()):
+                if start <= a < b <= end:
+                    label[row, position] = 26 * (a - start) + target[row, a - start]
+        loss = 0
+        for encoder, head, speller in zip(encoders, heads, spellers):
+            output = encoder(batch.input_ids, output_hidden_states=True)
+            loss = loss + F.cross_entropy(head(output.hidden_states[-2]).flatten(0, 1), label.flatten())
+            loss = loss + F.cross_entropy(speller(output.text_embeds).view(-1, 26), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def pretrain_tiny(policy, templates, held_out, reward, settings):
+    """Flow matching on words rendered on the spot, until a fair part of the letters can be read. Returns its record.
+
+    templates: prompts whose quoted word is replaced by random letters, never by a held-out (test) word.
+    """
+    pipe, transformer, draw = policy.pipe, policy.transformer, random.Random(TINY["seed"])
+    vae = pipe.vae.config
+    generator = torch.Generator().manual_seed(TINY["seed"])
+
+    def draw_prompts(count):
+        words = []
+        while len(words) < count:
+            word = "".join(draw.choices(LETTERS, k=TINY["letters"]))
+            words += [word] if word not in held_out else []
+        prompts = [draw.choice(templates) for _ in words]
+        spans = [quoted_span(prompt) for prompt in prompts]
+        return [prompt[:a] + word + prompt[b:] for prompt, word, (a, b) in zip(prompts, words, spans)], words
+
+    teach_reading(pipe, draw_prompts)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=TINY["rate"], betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50))
+    judged = [Prompt(text) for text in draw_prompts(64)[0]]
+    score, bar = 0.0, tqdm(range(1, TINY["steps"] + 1), desc="pre-training the embedded model")
+    for step in bar:
+        prompts, words = draw_prompts(TINY["batch"])
+        prompts = [prompt if draw.random() > 0.1 else "" for prompt in prompts]  # one in ten without: for CFG
+        with torch.no_grad():
+            embeddings, pooled = policy.embed(prompts)
+        data = (pipe.vae.encode(render_words(words, generator)) - vae.shift_factor) * vae.scaling_factor
+        noise = torch.randn(data.shape, generator=generator)
+        sigma = torch.sigmoid(torch.randn(len(data), 1, 1, 1, generator=generator))  # logit-normal, as SD3, ...
+        sigma = 3 * sigma / (1 + 2 * sigma)  # ... with the sampler's shift
+        prediction = transformer(
+            hidden_states=(1 - sigma) * data + sigma * noise, encoder_hidden_states=embeddings,
+            pooled_projections=pooled, timestep=sigma.flatten() * 1000, return_dict=False,
+        )[0]  # fmt: skip
+        loss = F.mse_loss(prediction, noise - data)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % TINY["judge_every"] == 0:
+            score = evaluate(policy, judged, reward, settings)[1].mean().item()
+            bar.set_postfix(loss=f"{loss.item():.3f}", ocr_reward=f"{score:.2f}")
+            if score >= TINY["stop_reward"]:
+                break
+    bar.close()
+    return {"steps": step, "train_reward": score, "seconds": round(bar.format_dict["elapsed"], 1)}
+
+
+def tiny_policy(settings, reward, device):
+    """The embedded model from the cache; pre-trained first where the cache has none, or a damaged one."""
+    torch.manual_seed(TINY["seed"])
+    policy = Policy(tiny_pipeline(), settings, device)
+    modules = {"transformer": policy.transformer, "clip_1": policy.encoders[0], "clip_2": policy.encoders[1]}
+    templates = [prompt.text for prompt in load_prompts(ROOT / "prompts/tiny/train.txt", "ocr")]
+    tests = [prompt.text for prompt in load_prompts(ROOT / "prompts/tiny/test.txt", "ocr")]
+    held_out = sorted({text[slice(*quoted_span(text))].upper() for text in tests})
+    sources = [inspect.getsource(f) for f in (tiny_pipeline, glyphs, render_words, teach_reading, pretrain_tiny, PixelVAE)]
+    key = hashlib.sha256(json.dumps([TINY, templates, held_out, sources]).encode()).hexdigest()[:16]
+    weights = cache_folder() / f"tiny-{key}.safetensors"
+    record = weights.with_suffix(".json")
+    if record.exists() and weights.exists():
+        if json.loads(record.read_text()).get("sha256") == hashlib.sha256(weights.read_bytes()).hexdigest():
+            tensors = load_file(weights)
+            for name, module in modules.items():
+                module.load_state_dict({k[len(name) + 1 :]: t for k, t in tensors.items() if k.split(".")[0] == name})
+            return policy, json.loads(record.read_text())
+        print(f"note: the cached embedded model {weights} is damaged; pre-training it again")
+    plain = dataclasses.replace(settings, guidance=1.0, eval_steps=10, batch_size=64)  # the base is the same for all
+    facts = pretrain_tiny(policy, templates, held_out, reward, plain)
+    tensors = {f"{name}.{k}": t.contiguous() for name, m in modules.items() for k, t in m.state_dict().items()}
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(weights, lambda path: save_file(tensors, path))
+    facts["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    write_aside(record, lambda path: path.write_text(json.dumps(facts, indent=1)))
+    return policy, facts
+
+
+def write_aside(path, write):
+    """Write under another name, then rename: whoever reads `path` finds the old file or the new one, never half of one."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(aside)
+    os.replace(aside, path)
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "star.py"
+
+
+# --- prompts and rewards ----------------------------------------------------------------------------------------------
+
+
+def load_prompts(path, task):
+    """Flow-GRPO's formats: one prompt a line (ocr, pickscore), JSON lines with the metadata (geneval)."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise BadInput(f"prompt file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"prompt file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            metadata = json.loads(line) if task == "geneval" else None
+            prompts.append(Prompt(metadata["prompt"] if metadata else line.strip(), metadata))
+            core_spans(prompts[-1].text, task, metadata)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"prompt file {path}, line {number}: {error}") from error
+    if not prompts:
+        raise BadInput(f"prompt file {path} holds no prompts")
+    return prompts
+
+
+def normalise_text(text):
+    """As the OCR reward compares: NFKC (engines read full-width letters now and then), no white space, lower case."""
+    return "".join(unicodedata.normalize("NFKC", text).split()).lower()
+
+
+def edit_distance(a, b):
+    """Levenshtein: insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def ocr_score(recognised, target):
+    """Flow-GRPO's OCR reward in [0, 1]: 1 if the target is part of what was read, else 1 - edit distance / length of
+    the target, at least 0. ValueError for an empty target."""
+    recognised, target = normalise_text(recognised), normalise_text(target)
+    if not target:
+        raise ValueError("the target text is empty")
+    distance = 0 if target in recognised else min(edit_distance(recognised, target), len(target))
+    return 1 - distance / len(target)
+
+
+class OCRReward:
+    """PP-OCR's detector and recogniser (rapidocr's wheel carries the models), in as many threads as there are cores."""
+
+    def __init__(self):
+        try:
+            import rapidocr
+        except ImportError as error:
+            raise BadInput("the ocr reward needs rapidocr: pip install -r requirements.txt") from error
+        self.engine_class = rapidocr.RapidOCR
+        self.local = threading.local()  # an engine a thread: the class keeps state while it reads
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def read(self, image):
+        """All text in an image [3, h, w] uint8, boxes joined."""
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        side = max(picture.size)
+        if side < 192:  # the detector wants letters of more than a few pixels
+            picture = picture.resize([192 * length // side for length in picture.size], Image.BICUBIC)
+        if not hasattr(self.local, "engine"):
+            self.local.engine = self.engine_class(params={
+                "Global.use_cls": False, "Global.log_level": "error",
+                "Det.limit_type": "max", "Det.limit_side_len": max(192, side),  # else it doubles the side to 736
+                "EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            })  # fmt: skip
+        return "".join(self.local.engine(np.asarray(picture)).txts or ())
+
+    def score(self, image, prompt):
+        return ocr_score(self.read(image), prompt.text[slice(*quoted_span(prompt.text))])
+
+    def submit(self, images, prompts):
+        """One future of a score in [0, 1] for every image, in order."""
+        return [self.pool.submit(self.score, image, prompt) for image, prompt in zip(images, prompts)]
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def to_picture(image, side):
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return picture.resize((side, side), Image.NEAREST if picture.width < side else Image.LANCZOS)
+
+
+def save_grid(path, images, captions, columns=8, side=144):
+    """A grid of pictures [B, 3, h, w] uint8 with a caption under each."""
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + 28) + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for index, (image, caption) in enumerate(zip(images, captions)):
+        x, y = 8 + index % columns * (side + 8), 8 + index // columns * (side + 28)
+        sheet.paste(to_picture(image, side), (x, y))
+        while draw.textlength(caption, font) > side:
+            caption = caption[:-1]
+        draw.text((x, y + side + 3), caption, fill="black", font=font)
+    sheet.save(path)
+
+
+def heat(image, allocation, side):
+    """An image [3, h, w] uint8 under its allocation map [P]: dark where M is small, through red to white at its maximum."""
+    tokens = math.isqrt(len(allocation))
+    level = (allocation / allocation.max()).view(1, tokens, tokens)
+    colours = torch.cat([level * 3, level * 3 - 1, level * 3 - 2]).clamp(0, 1)  # black, red, yellow, white
+    colours = F.interpolate(colours[None], size=image.shape[-2:], mode="nearest")[0]
+    return to_picture((image * 0.4 + colours * 255 * 0.6).to(torch.uint8), side)
+
+
+@torch.no_grad()
+def save_strips(path, policy, prompts, settings, side=96):
+    """For a few fixed samples, the image being formed (the model's guess of x_0 at every step) and, under it, the same
+    with its allocation map as heat. Deterministic sampler, fixed seeds."""
+    sigmas = policy.sigmas(settings.sampling_steps)
+    settings = dataclasses.replace(settings, batch_size=len(prompts))
+    trajectory = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, blocks=settings.blocks)[0][0]
+    allocation = allocation_map(trajectory.attention, settings.allocation_strength).cpu()
+    sheet = Image.new("RGB", (8 + len(sigmas[1:]) * (side + 4), 24 + len(prompts) * (2 * side + 40)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for i, sigma in enumerate(sigmas[:-1]):
+        now, after = trajectory.latents[i], trajectory.latents[i + 1]
+        guess = policy.decode(now - sigma * (after - now) / (sigmas[i + 1] - sigma))  # x_t - sigma v
+        draw.text((8 + i * (side + 4), 4), f"sigma {sigma:.2f}", fill="black", font=font)
+        for row, prompt in enumerate(prompts):
+            x, y = 8 + i * (side + 4), 24 + row * (2 * side + 40)
+            if i == 0:
+                draw.text((x, y), prompt.text[:120], fill="black", font=font)
+            sheet.paste(to_picture(guess[row], side), (x, y + 20))
+            sheet.paste(heat(guess[row], allocation[i, row], side), (x, y + 24 + side))
+    sheet.save(path)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' worth of luck every time, in every run
+
+
+def evaluate(policy, prompts, reward, settings):
+    """One image a prompt with the deterministic sampler and fixed seeds: (images [K, 3, h, w] uint8, rewards [K])."""
+    sigmas = policy.sigmas(settings.eval_steps)
+    _, images, pending = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, reward)
+    return images, gather_rewards(pending)
+
+
+def gather_rewards(pending):
+    """Wait for the reward futures: [B], one finite number an image, or an error that says which is not."""
+    rewards = torch.tensor([float(future.result()) for future in pending])
+    if not torch.isfinite(rewards).all():
+        raise FloatingPointError(f"the reward of image {int((~torch.isfinite(rewards)).nonzero()[0])} is not finite")
+    return rewards
+
+
+def pick_prompts(prompts, settings, iteration):
+    """The iteration's prompts: every epoch deals all prompts in an order of its own, a function of (seed, epoch)."""
+    first = iteration * settings.prompts_per_iteration
+    chosen = []
+    for position in range(first, first + settings.prompts_per_iteration):
+        epoch, place = divmod(position, len(prompts))
+        order = torch.randperm(len(prompts), generator=sample_generator(settings.seed, "epoch", epoch))
+        chosen.append(prompts[order[place]])
+    return chosen
+
+
+def train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration):
+    """One iteration of STAR (or Flow-GRPO): sample, reward, compare, allocate, update. Returns (metrics, images)."""
+    clock = [time.perf_counter()]
+    sigmas = policy.sigmas(settings.sampling_steps)
+    blocks = settings.blocks if settings.method == "star" else ()
+    # 1. Roll out groups of images with the SDE sampler, reading the attention on the way.
+    trajectories, images, pending = sample_groups(
+        policy, prompts, settings.group_size, settings, (settings.seed, iteration), sigmas, settings.noise_level,
+        reward, blocks,
+    )  # fmt: skip
+    clock.append(time.perf_counter())
+    # 2. Reward the final images.
+    rewards = gather_rewards(pending)
+    clock.append(time.perf_counter())
+    # 3. Compare each image with its group.
+    advantages = group_advantages(rewards, settings.group_size).to(policy.device).split(settings.batch_size)
+    for trajectory, advantage in zip(trajectories, advantages):
+        trajectory.advantages = advantage
+        # 4. Allocate: every step of every rollout has a map of its own.
+        if blocks:
+            trajectory.allocation = arrange_allocation(
+                trajectory.attention, settings.allocation, settings.allocation_strength, trajectory.generators
+            )
+    # 5. Update through the clipped objective.
+    stats = update(policy, reference, optimizer, trajectories, sigmas, settings)
+    clock.append(time.perf_counter())
+    seconds = [after - before for before, after in zip(clock, clock[1:])]
+    metrics = {
+        "iteration": iteration, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(), **stats,
+        "seconds_sampling": seconds[0], "seconds_reward": seconds[1], "seconds_update": seconds[2],
+        "images_per_second": len(images) / sum(seconds), "peak_memory_gb": peak_memory_gb(policy.device),
+    }  # fmt: skip
+    return metrics, images, rewards
+
+
+def peak_memory_gb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":  # has no getrusage
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+class RunFolder:
+    """What a run leaves behind: config.json, metrics.jsonl, pictures, the trained transformer."""
+
+    def __init__(self, path, settings, facts):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+        write_aside(path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
+        try:  # a luxury, never needed
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(path)
+        except ImportError:
+            self.tensorboard = None
+
+    def log(self, metrics):
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self.tensorboard:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, metrics["iteration"])
+
+    def save_samples(self, name, prompts, images, rewards):
+        captions = [f"{reward:.2f}  {prompt.text}" for prompt, reward in zip(prompts, rewards.tolist())]
+        save_grid(self.path / f"{name}.png", images, captions)
+
+
+def versions():
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
+    for package in ("torch", "diffusers", "transformers", "safetensors", "rapidocr", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def train(settings):
+    """The whole run, from two prompt files to a trained model and a table of what it gained."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_prompts = load_prompts(settings.train_prompts, settings.task)
+    test_prompts = load_prompts(settings.test_prompts, settings.task)
+    reward = OCRReward()
+    policy, facts = load_policy(settings, reward, device)
+    run = RunFolder(Path(settings.out), settings, facts)
+    reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
+    optimizer = MasterAdamW(policy.transformer.parameters(), settings.learning_rate)
+
+    def judge(name, iteration):
+        images, rewards = evaluate(policy, test_prompts, reward, settings)
+        run.save_samples(f"test_{name}", test_prompts[:32], images[:32], rewards[:32])
+        result = {"eval_reward": rewards.mean().item(), "eval_exact": (rewards == 1).float().mean().item()}
+        tqdm.write(f"iteration {iteration:4d}  test reward {result['eval_reward']:.3f}  exact {result['eval_exact']:.3f}")
+        return result
+
+    save_strips(run.path / "maps_before.png", policy, test_prompts[:4], settings)
+    before = after = judge("before", 0)
+    run.log({"iteration": 0, **before})
+    bar = tqdm(range(1, settings.iterations + 1), desc=f"{settings.method} {settings.task}", unit="it")
+    for iteration in bar:
+        prompts = pick_prompts(train_prompts, settings, iteration - 1)
+        metrics, images, rewards = train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration)
+        if iteration % settings.eval_every == 0 or iteration == settings.iterations:
+            after = judge("after", iteration)
+            rows = [prompt for prompt in prompts for _ in range(settings.group_size)]
+            run.save_samples("train_latest", rows[:32], images[:32], rewards[:32])
+            metrics |= after
+        run.log(metrics)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
+    save_strips(run.path / "maps_after.png", policy, test_prompts[:4], settings)
+    policy.transformer.save_pretrained(run.path / "transformer")
+    print(f"\n{len(test_prompts)} test prompts      before   after")
+    for label, name in (("ocr reward", "eval_reward"), ("exact", "eval_exact")):
+        print(f"{label:18s}  {before[name]:7.3f} {after[name]:7.3f}")
+    print(f"\npictures, metrics and the trained transformer are in {run.path}")
+
+
+def parse_settings(arguments=None):
+    """The command line, made from Settings; every value checked before any long work. BadInput for what is wrong."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        Settings, description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=preset_help(),
+    )  # fmt: skip
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    cuda = torch.cuda.is_available()
+    if settings.model is None:
+        settings.model = SD35 if cuda else "tiny"
+        if not cuda:
+            print("note: no CUDA device, so this is the embedded tiny model (--model tiny); nothing is downloaded")
+    for name, value in PRESETS["tiny" if settings.model == "tiny" else "sd3"].items():
+        if getattr(settings, name) is None:
+            value = value.format(task=settings.task) if isinstance(value, str) else value
+            setattr(settings, name, str(ROOT / value) if name.endswith("prompts") else value)
+    if settings.out is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{stamp}"
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings):
+    def need(condition, message):
+        if not condition:
+            raise BadInput(message)
+
+    for name, choices in CHOICES.items():
+        value = getattr(settings, name)
+        need(value in choices, f"--{name.replace('_', '-')} {value}: choose one of {', '.join(choices)}")
+    tiny = settings.model == "tiny"
+    need(not tiny or settings.task == "ocr", f"--task {settings.task}: the tiny model only writes words; use --task ocr")
+    need(settings.task == "ocr", f"--task {settings.task}: its reward is not part of this version yet; use --task ocr")
+    for name in ("iterations", "prompts_per_iteration", "batch_size", "optimizer_steps", "eval_every", "eval_steps"):
+        need(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    need(settings.group_size >= 2, "--group-size must be at least 2: an image is compared with the rest of its group")
+    need(settings.sampling_steps >= 3, "--sampling-steps must be at least 3: the last step is never trained")
+    need(0 <= settings.allocation_strength <= 1, "--allocation-strength must lie in [0, 1]")
+    need(0 < settings.noise_level <= 2, "--noise-level must lie in (0, 2]: without noise there is nothing to compare")
+    need(settings.learning_rate > 0 and settings.clip_range > 0, "--learning-rate and --clip-range must be positive")
+    need(settings.kl >= 0, "--kl must be 0 or more")
+    need(settings.guidance >= 1, "--guidance must be at least 1, which is off")
+    images = settings.prompts_per_iteration * settings.group_size
+    need(
+        images % (settings.batch_size * settings.optimizer_steps) == 0,
+        f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
+        f"{settings.optimizer_steps} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
+    )
+    need(not tiny or settings.resolution == TINY["image"], f"--resolution: the tiny model draws {TINY['image']} px images")
+    need(settings.resolution % 16 == 0, "--resolution must be a multiple of 16")
+    out = Path(settings.out)
+    need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"--out {out} holds another run; name a new folder")
+
+
+def main():
+    try:
+        train(parse_settings())
+    except BadInput as error:
+        print(f"star.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
