@@ -65,6 +65,10 @@ def sentence(text):
 # ---- tiny
 
 NOUNS = "sign wall card note flag door page book".split()
+WORDINGS = [  # at most 22 letters and marks without the spaces: the embedded model reads no more
+    'a {} that says "{}"', 'a {} that reads "{}"', 'a {} saying "{}"', 'the word "{1}" on a {0}', '"{1}" on a {0}',
+    'a {} with the word "{}"',
+]
 
 WORDS = """
 ACE ACT ADD AGE AGO AID AIM AIR ALL AND ANT ANY APT ARC ARE ARK ART ASH ASK BAG BAT BAY BED BEE BET BIB BIG BIN BOW BOX
@@ -88,8 +92,9 @@ def make_tiny(rng, n_test=64):
             test.append(next(word for word in words if letter in word and word != "QUA"))
     test += [word for word in words if word not in test and word != "QUA"][:n_test - len(test)]
     train = [word for word in words if word not in test]
-    nouns = deal(rng, NOUNS)
-    return [[f'a {next(nouns)} that says "{word}"' for word in part] for part in (train, shuffled(rng, test))]
+    nouns, wordings = deal(rng, NOUNS), deal(rng, WORDINGS)
+    parts = train, shuffled(rng, test)
+    return [[next(wordings).format(next(nouns), word) for word in part] for part in parts]
 
 
 # ---- geneval
@@ -623,7 +628,7 @@ def check_properties(files):
 
 def check_tiny(train, test):
     for lines in (train, test):
-        assert all(re.fullmatch(r'a [a-z]{4} that says "[A-Z]{3}"', line) for line in lines)
+        assert all(re.search('"[A-Z]{3}"', line) and len(line.replace(" ", "")) <= 22 for line in lines)
         assert len(set(map(quoted, lines))) == len(lines)
     assert len(test) == 64
     assert [len(set("".join(map(quoted, lines)))) for lines in (train, test)] == [26, 25]  # no Q in test

@@ -1,0 +1,815 @@
+"""What star.py claims, checked: the mathematics against independent formulae, then the program as a user runs it.
+
+`python -m pytest` runs everything on a CPU in a few minutes, with nothing downloaded.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import star
+
+ROOT = Path(star.__file__).parent
+SIGMAS = [1.0, 0.9601293, 0.9133490, 0.8576923, 0.7903683, 0.7072785, 0.6021506, 0.4648760, 0.2780488, 0.0089286, 0.0]
+STDS = [0.700000, 0.742964, 0.536152, 0.445897, 0.391794, 0.352797, 0.319070, 0.282007, 0.225360, 0.006278]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sd3_transformer(**changes):
+    """A small random SD3 transformer with SD3.5's parts: RMS-normed queries and keys, a dual-attention block."""
+    from diffusers import SD3Transformer2DModel
+
+    config = dict(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+        attention_head_dim=8, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
+        pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(**config | changes).eval()
+
+
+def transformer_inputs(batch=2, height=8, width=8, text=7, dtype=torch.float32):
+    return dict(
+        hidden_states=randn(batch, 4, height, width).to(dtype),
+        encoder_hidden_states=randn(batch, text, 12, seed=1).to(dtype),
+        pooled_projections=randn(batch, 10, seed=2).to(dtype), timestep=torch.full((batch,), 700.0), return_dict=False,
+    )  # fmt: skip
+
+
+# --- 0. the policy ----------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_neither_diffusers_nor_transformers():
+    code = "import star, sys; assert not {'diffusers', 'transformers', 'rapidocr'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sigma_grid_and_std_table():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    assert scheduler.sigmas.tolist() == pytest.approx(SIGMAS, abs=1e-6)
+    zero = torch.zeros(1, 1, 2, 2)
+    stds = [star.sde_mean_std(zero, zero, s, t, SIGMAS[1], 0.7)[1] for s, t in zip(SIGMAS, SIGMAS[1:])]
+    assert stds == pytest.approx(STDS, abs=2e-6)
+
+
+def test_noise_0_is_the_euler_step_of_diffusers_bitwise():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    sigmas, latents = scheduler.sigmas.tolist(), randn(2, 4, 8, 8)
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = randn(2, 4, 8, 8, seed=i + 1)
+        mean, std = star.sde_mean_std(latents, velocity, sigmas[i], sigmas[i + 1], sigmas[1], 0.0)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        assert std == 0 and torch.equal(mean, latents)
+
+
+def test_sde_step_refuses_to_go_up():
+    with pytest.raises(ValueError, match="go down"):
+        star.sde_mean_std(torch.zeros(1), torch.zeros(1), 0.3, 0.5, 0.9, 0.7)
+
+
+def test_token_log_prob_is_the_gaussian_log_density_averaged_per_token():
+    mean, std, x = randn(3, 16, 4, 6), 0.37, randn(3, 16, 4, 6, seed=1)
+    reference = torch.distributions.Normal(mean, std).log_prob(x)
+    by_hand = torch.stack(  # row-major over 2x2 patches
+        [reference[:, :, i : i + 2, j : j + 2].mean((1, 2, 3)) for i in (0, 2) for j in (0, 2, 4)], dim=1
+    )
+    log_prob = star.token_log_prob(x, mean, std)
+    torch.testing.assert_close(log_prob, by_hand)
+    torch.testing.assert_close(log_prob.mean(1), reference.mean((1, 2, 3)))  # Flow-GRPO's image-level value
+    with pytest.raises(ValueError, match="std"):
+        star.token_log_prob(x, mean, 0.0)
+
+
+def test_marginal_of_a_gaussian_is_kept_as_steps_grow():
+    """Data N(0, s^2): the exact velocity is linear in x, and the SDE must end with the data's spread, at any noise."""
+    spread, noise = 0.5, torch.Generator().manual_seed(0)
+    errors = []
+    for steps in (10, 40, 160):
+        sigmas = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 0, steps + 1).tolist()]
+        x = torch.randn(200_000, generator=noise)
+        for sigma, after in zip(sigmas, sigmas[1:]):
+            variance = ((1 - sigma) * spread) ** 2 + sigma**2
+            velocity = (sigma - (1 - sigma) * spread**2) / variance * x  # E[n - x_0 | x_t = x]
+            mean, std = star.sde_mean_std(x, velocity, sigma, after, sigmas[1], 0.7)
+            x = mean + std * torch.randn(len(x), generator=noise)
+        errors.append(abs(x.std().item() - spread))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.01
+
+
+# --- 1. attention capture ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (4, 8)])
+@pytest.mark.parametrize("qk_norm", ["rms_norm", None])
+def test_captured_attention_is_the_explicit_softmax(height, width, qk_norm):
+    transformer, inputs = sd3_transformer(qk_norm=qk_norm), transformer_inputs(height=height, width=width)
+    core_mask = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    states = {}
+    for block in (0, 2):
+        attn = transformer.transformer_blocks[block].attn
+        attn.register_forward_pre_hook(
+            lambda m, args, kwargs, b=block: states.update(
+                {b: (kwargs["hidden_states"], kwargs["encoder_hidden_states"])}
+            ),
+            with_kwargs=True,
+        )
+    with torch.no_grad(), star.capture_attention(transformer, core_mask, (0, 2)) as captured:
+        transformer(**inputs)
+    assert len(captured) == 2
+    for block, attention in zip((0, 2), captured):
+        attn, (image, text) = transformer.transformer_blocks[block].attn, states[block]
+        norm = lambda module, x: x if module is None else module(x)
+        for b in range(2):
+            total = torch.zeros(height * width // 4)
+            for h in range(2):
+                cut = slice(8 * h, 8 * h + 8)
+                query = norm(attn.norm_q, attn.to_q(image[b])[:, cut])
+                key = torch.cat([norm(attn.norm_k, attn.to_k(image[b])[:, cut]),
+                                 norm(attn.norm_added_k, attn.add_k_proj(text[b])[:, cut])])  # fmt: skip
+                weights = torch.softmax(query @ key.T / math.sqrt(8), dim=-1)
+                total += weights[:, len(query) :][:, core_mask[b]].sum(1) / 2
+            torch.testing.assert_close(attention[b], total.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_leaves_the_output_bitwise_alone_and_cleans_up(dtype):
+    transformer, inputs = sd3_transformer().to(dtype), transformer_inputs(dtype=dtype)
+    processors = dict(transformer.attn_processors)
+    core_mask = torch.ones(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        plain = transformer(**inputs)[0]
+        with star.capture_attention(transformer, core_mask, (0, 1, 2)) as captured:
+            assert torch.equal(transformer(**inputs)[0], plain)
+    assert len(captured) == 3 and all(0 < s.min() and s.max() < 1 for s in captured)
+    assert all(transformer.attn_processors[name] is processor for name, processor in processors.items())
+    with pytest.raises(RuntimeError, match="midway"), star.capture_attention(transformer, core_mask, (1,)):
+        raise RuntimeError("midway")
+    assert all(transformer.attn_processors[name] is processor for name, processor in processors.items())
+
+
+def test_capture_reads_the_conditional_half_under_guidance():
+    transformer, inputs = sd3_transformer(), transformer_inputs(batch=4)
+    core_mask = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    with torch.no_grad():
+        with star.capture_attention(transformer, core_mask, (1,)) as both:
+            transformer(**inputs)
+        half = {k: v[2:] if torch.is_tensor(v) else v for k, v in inputs.items()}
+        with star.capture_attention(transformer, core_mask, (1,)) as conditional:
+            transformer(**half)
+    torch.testing.assert_close(both[0], conditional[0])
+
+
+# --- 2. core content --------------------------------------------------------------------------------------------------
+
+
+def words_of(prompt, spans):
+    return [prompt[a:b] for a, b in spans]
+
+
+def test_core_spans_of_ocr_prompts():
+    cases = {
+        'a sign that says "CAT"': ["CAT"],
+        '"OPEN" at the start': ["OPEN"],
+        'say "cat" to the cat, then "dog"': ["cat"],  # a repeated word: only the quoted one; the first pair of quotes
+        'a café with "Crème brûlée" outside': ["Crème brûlée"],
+        'curly “no” and "yes it\'s" straight': ["yes it's"],
+    }
+    for prompt, expected in cases.items():
+        assert words_of(prompt, star.core_spans(prompt, "ocr")) == expected
+    for prompt in ("no quotes", 'one " only', 'empty "" target', 'blank "  " target', "“curly”"):
+        with pytest.raises(ValueError, match="double quotes"):
+            star.core_spans(prompt, "ocr")
+
+
+def test_core_spans_of_geneval_prompts():
+    clause = lambda name, **more: {"class": name, "count": 1, **more}
+    cases = [
+        ("a photo of three buses", [{"class": "bus", "count": 3}], ["three", "buses"]),
+        ("a photo of a red apple and a green orange", [clause("apple", color="red"), clause("orange", color="green")],
+         ["red", "apple", "green", "orange"]),
+        ("a photo of a dog right of a teddy bear", [clause("teddy bear"), clause("dog", position=["right of", 0])],
+         ["dog", "right of", "teddy bear"]),
+        ("a photo of an orange orange", [clause("orange", color="orange")], ["orange", "orange"]),
+        ("a photo of 12 apples", [{"class": "apple", "count": 12}], ["12", "apples"]),
+        ("a photo of a cart", [clause("car")], ["photo", "cart"]),  # not a whole word: all content words stand in
+    ]  # fmt: skip
+    for prompt, include, expected in cases:
+        spans = star.core_spans(prompt, "geneval", {"include": include})
+        assert words_of(prompt, spans) == expected
+        assert spans == sorted(spans) and all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
+    with pytest.raises(ValueError, match="metadata"):
+        star.core_spans("a photo of a dog", "geneval")
+    with pytest.raises(ValueError, match="unknown task"):
+        star.core_spans("a photo of a dog", "aesthetics")
+
+
+def test_core_spans_of_pickscore_prompts():
+    prompt = "A portrait of the old sailor's dog, in oil"
+    assert words_of(prompt, star.core_spans(prompt, "pickscore")) == ["portrait", "old", "sailor's", "dog", "oil"]
+    assert star.core_spans("of the", "pickscore")  # nothing but function words: they stand in, never empty
+
+
+def test_token_mask():
+    offsets = [(0, 0), (0, 3), (3, 6), (6, 7), (8, 10), (0, 0)]  # special, three pieces, another word, padding
+    assert star.token_mask([(2, 6)], offsets) == [False, True, True, False, False, False]
+    assert star.token_mask([(7, 8)], offsets) == [False] * 6  # between tokens
+    assert star.token_mask([(0, 1), (9, 10)], offsets) == [False, True, False, False, True, False]
+
+
+def t5_tokenizer():
+    """A T5 tokenizer of a hand-made vocabulary: whole words, and pieces for the rest."""
+    import transformers
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁a", "▁sign", "▁that", "▁says", "▁", '"', "C", "A", "T", "CA", "▁on", "▁it"]
+    return transformers.T5TokenizerFast(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0)
+
+
+def test_core_mask_covers_clip_and_t5_and_falls_back_when_truncated(capsys):
+    from types import SimpleNamespace
+
+    tokenizer = star.tiny_pipeline().tokenizer
+    policy = star.Policy.__new__(star.Policy)
+    policy.pipe = SimpleNamespace(
+        tokenizer=tokenizer, tokenizer_max_length=24, text_encoder_3=object(), tokenizer_3=t5_tokenizer()
+    )
+    policy.settings, policy.device, policy.fallbacks = SimpleNamespace(task="ocr", t5_length=12), "cpu", 0
+    prompt = star.Prompt('a sign that says "CAT"')
+    mask = policy.core_mask([prompt])
+    assert mask.shape == (1, 24 + 12)
+    ids = tokenizer(prompt.text)["input_ids"] + [0] * 24
+    assert tokenizer.convert_ids_to_tokens([ids[i] for i in mask[0, :24].nonzero()]) == ["c", "a", "t</w>"]
+    t5 = policy.pipe.tokenizer_3
+    t5_ids = t5(prompt.text)["input_ids"]
+    core = [i for i in mask[0, 24:].nonzero().flatten().tolist()]
+    assert "".join(t5.convert_ids_to_tokens([t5_ids[i] for i in core])) == "CAT" and len(core) == 2  # CA, T
+    long = star.Prompt('a very long sentence about nothing much that only in the end says "CAT"')
+    mask = policy.core_mask([long, long])
+    assert mask.any(1).all() and capsys.readouterr().out.count("cut off") == 1
+
+
+# --- 3. allocation maps -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_allocation_map_has_mean_1_and_is_never_negative(strength):
+    attention = torch.rand(3, 2, 36, generator=torch.Generator().manual_seed(0)) ** 4
+    allocation = star.allocation_map(attention, strength)
+    torch.testing.assert_close(allocation.mean(-1), torch.ones(3, 2))
+    assert allocation.min() >= 0
+    torch.testing.assert_close(allocation, (1 - strength) + strength * attention / attention.mean(-1, keepdim=True))
+
+
+def test_allocation_map_of_a_corner_stays_in_the_corner_and_of_nothing_is_uniform():
+    attention = torch.zeros(1, 36)
+    attention[0, [0, 1, 6, 7]] = 0.2
+    allocation = star.allocation_map(attention, 1.0)
+    assert allocation[0, [0, 1, 6, 7]].tolist() == pytest.approx([9.0] * 4) and allocation.sum() == pytest.approx(36)
+    assert torch.equal(star.allocation_map(torch.zeros(2, 9), 1.0), torch.ones(2, 9))
+    assert star.allocation_map(torch.tensor([[math.nan, 1.0]]), 1.0).isnan().all()  # shown, not hidden
+    for strength in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="strength"):
+            star.allocation_map(attention, strength)
+
+
+def test_arms():
+    attention = torch.rand(4, 2, 36, generator=torch.Generator().manual_seed(0))
+    generators = lambda: [star.sample_generator("arms", sample) for sample in range(2)]
+    maps = {arm: star.arrange_allocation(attention, arm, 1.0, generators()) for arm in star.CHOICES["allocation"]}
+    assert torch.equal(maps["attention"], star.allocation_map(attention, 1.0))
+    assert torch.equal(maps["uniform"], torch.ones(4, 2, 36))
+    torch.testing.assert_close(maps["static"][2], maps["attention"][:3].mean(0))  # over the trained steps
+    assert torch.equal(maps["shuffled"].sort(-1).values, maps["attention"].sort(-1).values)
+    assert not torch.equal(maps["shuffled"], maps["attention"])
+    assert torch.equal(maps["shuffled"], star.arrange_allocation(attention, "shuffled", 1.0, generators()))
+
+
+# --- 4. advantages ----------------------------------------------------------------------------------------------------
+
+
+def test_group_advantages():
+    rewards = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.2, 0.8])
+    expected = (rewards - torch.tensor([0.5] * 3 + [0.4] * 3)) / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(star.group_advantages(rewards, 3), expected)
+    swapped = star.group_advantages(rewards[[2, 0, 1, 3, 4, 5]], 3)  # permuting a group permutes its advantages
+    torch.testing.assert_close(swapped, expected[[2, 0, 1, 3, 4, 5]])
+    shifted = star.group_advantages(rewards + torch.tensor([0.0] * 3 + [7.0] * 3), 3)  # groups meet only in the std
+    torch.testing.assert_close(shifted[:3] / shifted[0], expected[:3] / expected[0])
+
+
+def test_equal_rewards_give_exactly_nothing_and_outliers_are_clamped():
+    constant = torch.full((24,), 2 / 3)
+    assert torch.equal(star.group_advantages(constant, 12), torch.zeros(24))
+    mixed = torch.cat([torch.full((7,), 0.1), torch.linspace(0, 1, 7)])
+    assert torch.equal(star.group_advantages(mixed, 7)[:7], torch.zeros(7))
+    spike = torch.zeros(64)
+    spike[0] = 1
+    assert star.group_advantages(spike, 64)[0] == 5
+    with pytest.raises(ValueError, match="groups"):
+        star.group_advantages(constant, 7)
+    with pytest.raises(ValueError, match="finite"):
+        star.group_advantages(torch.tensor([0.0, math.nan]), 2)
+
+
+# --- 5. objectives ----------------------------------------------------------------------------------------------------
+
+
+def test_on_policy_uniform_star_has_flow_grpos_gradient():
+    old, advantages = randn(4, 36), torch.tensor([1.0, -2.0, 0.5, 0.0])
+    gradients = []
+    for objective, more in ((star.star_objective, (torch.ones(4, 36),)), (star.flow_grpo_objective, ())):
+        log_prob = old.clone().requires_grad_()
+        loss, stats = objective(log_prob, old, advantages, *more, 1e-4)
+        loss.backward()
+        gradients.append(log_prob.grad)
+        assert stats["ratio_deviation"] == 0 and stats["clip_high"] == stats["clip_low"] == 0
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], (-advantages / (4 * 36))[:, None].expand(4, 36))
+
+
+def test_on_policy_gradient_is_the_allocated_advantage():
+    old, advantages = randn(2, 36), torch.tensor([1.5, -0.5])
+    allocation = star.allocation_map(torch.rand(2, 36, generator=torch.Generator().manual_seed(0)), 0.8)
+    log_prob = old.clone().requires_grad_()
+    star.star_objective(log_prob, old, advantages, allocation, 1e-4)[0].backward()
+    torch.testing.assert_close(log_prob.grad, -allocation * advantages[:, None] / (2 * 36))
+
+
+def test_star_objective_against_a_loop():
+    log_prob, old = 1e-3 * randn(3, 16), torch.zeros(3, 16)
+    allocation, advantages = star.allocation_map(randn(3, 16, seed=1).abs(), 1.0), torch.tensor([1.0, -1.0, 2.0])
+    eps, total, high = 1e-4 * math.sqrt(16), 0.0, 0
+    for b in range(3):
+        for p in range(16):
+            ratio, share = math.exp(log_prob[b, p]), (allocation[b, p] * advantages[b]).item()
+            total -= min(ratio * share, min(max(ratio, 1 - eps), 1 + eps) * share) / (3 * 16)
+            high += ratio > 1 + eps
+    loss, stats = star.star_objective(log_prob, old, advantages, allocation, 1e-4)
+    assert loss.item() == pytest.approx(total, rel=1e-5) and stats["clip_high"].item() == pytest.approx(high / 48)
+    assert stats["allocation_max"].item() == pytest.approx(allocation.amax(1).mean().item())
+    uniform = star.star_objective(log_prob, old, advantages, torch.ones(3, 16), 1e-4)[1]
+    assert uniform["allocation_entropy"].item() == pytest.approx(1) and stats["allocation_entropy"] < 1
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_clipping_stops_the_gradient_on_the_right_side_token_by_token(advantage):
+    eps = 1e-4 * math.sqrt(4)
+    log_prob = torch.tensor([[2 * eps, -2 * eps, 0.5 * eps, -0.5 * eps]], requires_grad=True)
+    star.star_objective(log_prob, torch.zeros(1, 4), torch.tensor([advantage]), torch.ones(1, 4), 1e-4)[0].backward()
+    moves = (log_prob.grad != 0).tolist()[0]
+    # far enough in the direction the advantage asks for: stop; far on the wrong side: come back; inside: go on
+    assert moves == ([False, True, True, True] if advantage > 0 else [True, False, True, True])
+
+
+def test_kl_is_flow_grpos_and_pulls_back():
+    sigma, after, latents = SIGMAS[3], SIGMAS[4], randn(2, 4, 8, 8)
+    velocity = randn(2, 4, 8, 8, seed=1).requires_grad_()
+    mean, std = star.sde_mean_std(latents, velocity, sigma, after, SIGMAS[1], 0.7)
+    reference, _ = star.sde_mean_std(latents, velocity.detach() + 0.1, sigma, after, SIGMAS[1], 0.7)
+    kl = star.kl_to_reference(mean, reference, std, after - sigma)
+    std_dev = 0.7 * math.sqrt(sigma / (1 - sigma))
+    torch.testing.assert_close(kl, ((mean - reference) ** 2 / (2 * std_dev**2)).mean())
+    kl.backward()
+    gain = (1 + std_dev**2 * (1 - sigma) / (2 * sigma)) * (after - sigma)
+    torch.testing.assert_close(velocity.grad, torch.full_like(velocity, -0.1 * gain**2 / std_dev**2 / velocity.numel()))
+
+
+def test_step_weights():
+    assert star.step_weights(SIGMAS, 0.7, "none") == [1.0] * 9
+    weights = star.step_weights(SIGMAS, 0.7, "equal")
+    assert sum(weights) == pytest.approx(9) and weights[0] / weights[8] == pytest.approx(26.1, abs=0.05)
+    loudness = []  # |d log p / d velocity| of a step goes as |d mean / d velocity| / std
+    for i, weight in enumerate(weights):
+        velocity = torch.zeros(1, 1, 2, 2, requires_grad=True)
+        mean, std = star.sde_mean_std(torch.zeros(1, 1, 2, 2), velocity, SIGMAS[i], SIGMAS[i + 1], SIGMAS[1], 0.7)
+        star.token_log_prob(std * torch.ones(1, 1, 2, 2), mean, std).sum().backward()
+        loudness.append(weight * velocity.grad.norm().item())
+    assert loudness == pytest.approx([loudness[0]] * 9, rel=1e-4)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The embedded model, untrained: the same parts and code as the real one, in no time."""
+    torch.manual_seed(0)
+    settings = star.parse_settings(
+        ["--model", "tiny", "--prompts-per-iteration", "2", "--group-size", "4", "--batch-size", "4"]
+    )
+    return star.Policy(star.tiny_pipeline(), settings, "cpu"), settings
+
+
+PROMPTS = [star.Prompt('a sign that says "CAT"'), star.Prompt('a wall that says "DOG"')]
+
+
+def roll(policy, settings, **changes):
+    settings = dataclasses.replace(settings, **changes)
+    sigmas = policy.sigmas(settings.sampling_steps)
+    return star.sample_groups(policy, PROMPTS, 4, settings, (0, 1), sigmas, 0.7, blocks=settings.blocks)[:2], sigmas
+
+
+def test_rollout_log_prob_has_the_expected_mean(tiny):
+    """On its own samples the mean log-density of a step is -1/2 - ln std - ln sqrt(2 pi)."""
+    (trajectories, _), sigmas = roll(*tiny)
+    for i, std in enumerate(STDS):
+        values = torch.cat([t.log_prob[i] for t in trajectories])
+        numbers = values.numel() * 64
+        expected = -0.5 - math.log(std) - math.log(math.sqrt(2 * math.pi))
+        assert values.mean().item() == pytest.approx(expected, abs=5 * math.sqrt(0.5 / numbers) + 2e-6 / std)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("method", ["star", "flow-grpo"])
+def test_ratio_is_exactly_1_on_policy(tiny, dtype, guidance, method):
+    policy, settings = tiny
+    policy.transformer.to(dtype)
+    settings = dataclasses.replace(settings, guidance=guidance, method=method)
+    (trajectories, _), sigmas = roll(policy, settings)
+    for trajectory, sign in zip(trajectories, (1.0, -1.0)):
+        trajectory.advantages = sign * torch.tensor([1.0, -1.0, 0.5, 0.0])
+        trajectory.allocation = star.allocation_map(trajectory.attention, 1.0)
+    before = [p.detach().clone() for p in policy.transformer.parameters()]
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-3)
+    stats = star.update(policy, None, optimizer, trajectories, sigmas, settings)
+    assert stats["ratio_deviation"] == 0 and stats["gradient_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.transformer.parameters()))
+    assert abs(stats["ratio"] - 1) > 0  # after the first optimizer step it is not
+
+
+def test_same_seed_same_bits_whatever_the_batch(tiny):
+    policy, settings = tiny
+    (first, images), _ = roll(policy, settings)
+    (again, same), _ = roll(policy, settings)
+    assert torch.equal(images, same) and all(torch.equal(a.latents, b.latents) for a, b in zip(first, again))
+    (split, _), _ = roll(policy, settings, batch_size=2)
+    start = lambda trajectories: torch.cat([t.latents[0] for t in trajectories])
+    assert len(split) == 4 and torch.equal(start(split), start(first))
+    drawn = [
+        star.sample_generator(*key).initial_seed()
+        for key in [(0, 1, 0, 0), (0, 1, 0, 1), (0, 1, 1, 0), (0, 2, 0, 0), (1, 1, 0, 0)]
+    ]
+    assert len(set(drawn)) == 5
+
+
+def test_microbatches_without_advantage_are_skipped_and_counted(tiny):
+    policy, settings = tiny
+    (trajectories, _), sigmas = roll(policy, settings)
+    for trajectory, scale in zip(trajectories, (1.0, 0.0)):
+        trajectory.advantages = scale * torch.tensor([1.0, -1.0, 0.5, -0.5])
+        trajectory.allocation = star.allocation_map(trajectory.attention, 1.0)
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-4)
+    assert star.update(policy, None, optimizer, trajectories, sigmas, settings)["skipped"] == 1
+
+
+def test_kl_is_zero_at_the_reference_and_holds_the_model_back(tiny):
+    policy, settings = tiny
+    settings = dataclasses.replace(settings, kl=0.04, optimizer_steps=1)
+    (trajectories, _), sigmas = roll(policy, settings)
+    for trajectory in trajectories:
+        trajectory.advantages = torch.zeros(4)
+        trajectory.allocation = torch.ones_like(trajectory.attention)
+    reference = copy.deepcopy(policy.transformer).requires_grad_(False)
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-5)
+    stats = star.update(policy, reference, optimizer, trajectories, sigmas, settings)
+    assert stats["kl"] == 0 and stats["skipped"] == 0 and stats["gradient_norm"] == 0
+    with torch.no_grad():
+        policy.transformer.proj_out.weight.add_(0.01)
+    stats = star.update(policy, reference, optimizer, trajectories, sigmas, settings)
+    assert stats["kl"] > 0 and stats["gradient_norm"] > 0
+
+
+def test_the_optimizer_starts_clean_and_accumulates():
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.full((4,), 5.0)  # of an earlier training
+    optimizer = star.MasterAdamW([weight], 1e-3)
+    for _ in range(2):
+        (weight.sum() * 0.25).backward()
+    assert weight.grad is None and torch.equal(optimizer.masters[0].grad, torch.full((4,), 0.5))
+    assert optimizer.step() == pytest.approx(1.0) and optimizer.masters[0].grad is None
+
+
+def test_bf16_training_with_master_weights_tracks_fp32():
+    """Fifty AdamW steps at lr 1e-6: bf16 weights with fp32 masters follow an fp32 run; bf16 alone hardly moves."""
+    weights = {"fp32": randn(256, 64), "master": randn(256, 64).bfloat16(), "naive": randn(256, 64).bfloat16()}
+    weights["fp32"] = weights["master"].float()
+    start = weights["fp32"].clone()
+    weights = {name: torch.nn.Parameter(w.clone()) for name, w in weights.items()}
+    optimizers = {name: star.MasterAdamW([weights[name]], 1e-6) for name in ("fp32", "master")}
+    naive = torch.optim.AdamW([weights["naive"]], lr=1e-6, weight_decay=1e-4)
+    for step in range(50):
+        x, y = randn(32, 64, seed=step), randn(32, 256, seed=1000 + step)
+        for name, weight in weights.items():
+            loss = ((x.to(weight.dtype) @ weight.T).float() - y).square().mean()
+            loss.backward()
+            if name == "naive":
+                naive.step()
+                naive.zero_grad()
+            else:
+                optimizers[name].step()
+    moved = weights["fp32"].detach() - start
+    error = lambda w: ((w.detach().float() - start - moved).norm() / moved.norm()).item()
+    assert error(optimizers["master"].masters[0]) < 0.05  # within 5 % of the fp32 path
+    assert error(weights["naive"]) > 0.9  # bf16 alone has lost nearly all of it
+    assert torch.equal(weights["master"].detach(), optimizers["master"].masters[0].detach().bfloat16())
+
+
+# --- rewards, prompts, settings ---------------------------------------------------------------------------------------
+
+
+def test_edit_distance_and_ocr_score():
+    assert [
+        star.edit_distance(*pair) for pair in (("kitten", "sitting"), ("", "abc"), ("abc", "abc"), ("ab", "ba"))
+    ] == [3, 3, 0, 2]
+    assert star.ocr_score("the CAT sat", "cat") == 1  # a substring, whatever stands around it
+    assert star.ocr_score("C A T", "cat") == 1  # white space and case do not count
+    assert star.ocr_score("ＣＡＴ", "CAT") == 1  # full-width letters, as the engine now and then reads
+    assert star.ocr_score("CAR", "CAT") == pytest.approx(2 / 3)
+    assert star.ocr_score("", "CAT") == 0 and star.ocr_score("completely different", "CAT") == 0
+    with pytest.raises(ValueError, match="empty"):
+        star.ocr_score("CAT", " ")
+
+
+def test_the_ocr_engine_reads_what_we_render():
+    words = ["CAT", "SUN", "HEN", "MAP"]
+    images = (star.render_words(words, torch.Generator().manual_seed(0)) + 1) * 127.5
+    reward = star.OCRReward()
+    prompts = [star.Prompt(f'a sign that says "{word}"') for word in words]
+    scores = [f.result() for f in reward.submit(images.to(torch.uint8).expand(-1, 3, -1, -1), prompts)]
+    assert scores == [1.0] * 4
+    blank = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
+    assert reward.submit(blank, prompts[:1])[0].result() == 0
+
+
+def test_the_embedded_vae_keeps_what_ocr_needs():
+    images = star.render_words(["CAT", "SUN", "HEN", "MAP"] * 8, torch.Generator().manual_seed(0))
+    vae = star.LinearVAE()
+    vae.fit(images)
+    decoded = vae.decode(vae.encode(images))[0]
+    assert vae.encode(images).shape == (32, star.TINY["channels"], 12, 12)
+    assert (decoded - images).square().mean() < 0.05 * images.var()  # 8 of 16 dimensions keep 95 % of the variance
+    torch.testing.assert_close(vae.encode(decoded), vae.encode(images), atol=1e-5, rtol=1e-5)  # a projection
+
+
+def test_shipped_prompts_load_and_train_and_test_are_disjoint():
+    for folder, task in (("tiny", "ocr"), ("ocr", "ocr"), ("geneval", "geneval"), ("pickscore", "pickscore")):
+        suffix = "jsonl" if task == "geneval" else "txt"
+        train, test = (
+            star.load_prompts(ROOT / f"prompts/{folder}/{split}.{suffix}", task) for split in ("train", "test")
+        )
+        assert not {p.text for p in train} & {p.text for p in test}
+        if task == "ocr":
+            target = lambda p: star.normalise_text(p.text[slice(*star.quoted_span(p.text))])
+            assert not {target(p) for p in train} & {target(p) for p in test}
+
+
+def test_prompt_files_are_what_their_generator_writes():
+    subprocess.run([sys.executable, ROOT / "prompts/make_prompts.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize(
+    "content, task, message",
+    [
+        (None, "ocr", "No such file"),
+        (b"", "ocr", "holds no prompts"),
+        (b'a "CAT"\n\xff\xfe\n', "ocr", "not UTF-8"),
+        (b'a "CAT"\nno quotes\n', "ocr", "line 2.*double quotes"),
+        (b'a ""\n', "ocr", "line 1.*double quotes"),
+        (b'{"prompt": "a dog"}\n', "geneval", "line 1.*metadata"),
+        (b"a dog\n", "geneval", "line 1"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, content, task, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(star.BadInput, match=f"prompts.txt.*{message}"):
+        star.load_prompts(path, task)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--task poetry", "--task poetry: choose one of ocr, geneval, pickscore"),
+        ("--task geneval", "tiny model only writes words"),
+        ("--method ppo", "--method ppo"),
+        ("--allocation random", "--allocation random"),
+        ("--allocation-strength 1.5", "--allocation-strength"),
+        ("--group-size 1", "--group-size must be at least 2"),
+        ("--batch-size 48", "do not split"),
+        ("--model no/such/folder", "--model no/such/folder"),
+        ("--attention-blocks 4", "--attention-blocks"),
+        ("--attention-blocks middle", "--attention-blocks"),
+        ("--method flow-grpo --allocation shuffled", "--allocation"),
+        ("--learning-rate inf", "--learning-rate"),
+        ("--t5-length 16", "--t5-length"),
+        ("--resolution 512", "--resolution"),
+        ("--out /dev/null/run", "cannot make the folder"),
+        ("--train-prompts missing.txt", "missing.txt"),
+        ("--out {used}", "holds another run"),
+    ],
+)
+def test_bad_settings_end_with_one_line_before_any_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(star, "pretrain_tiny", lambda *_: pytest.fail("work had begun"))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/config.json").write_text("{}")
+    arguments = arguments.format(used=tmp_path / "used").split()
+    if "--model" not in arguments:
+        arguments += ["--model", "tiny"]
+    with pytest.raises(star.BadInput, match=re.escape(message)) as error:
+        star.train(star.parse_settings(arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_exit_status_and_unknown_flags():
+    run = lambda *arguments: subprocess.run(
+        [sys.executable, "star.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    bad = run("--model", "tiny", "--task", "poetry")
+    assert bad.returncode == 2 and bad.stderr.strip().startswith("star.py: error: --task poetry") and not bad.stdout
+    assert run("--no-such-flag").returncode == 2
+
+
+def test_every_setting_is_read():
+    source = (ROOT / "star.py").read_text()
+    fields = [field.name for field in dataclasses.fields(star.Settings)]
+    assert len(fields) <= 30
+    for name in fields:
+        assert re.search(rf"settings\.{name}\b", source), f"--{name} is never read"
+
+
+def test_the_readme_names_only_flags_and_functions_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", readme))
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(star.Settings)}
+    assert flags and flags <= known | {"help"}
+    functions = set(re.findall(r"`([a-z_]+)\(\)?`?", readme))
+    assert functions and all(hasattr(star, name) for name in functions), functions
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_base(tmp_path, monkeypatch):
+    """An embedded model pre-trained for a few steps only, in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(star, "TINY", star.TINY | {"steps": 4, "judge_after": 4, "judge_every": 4, "reading_steps": 4})
+    return tmp_path
+
+
+SMALL = "--model tiny --iterations 2 --prompts-per-iteration 2 --group-size 4 --batch-size 4 --eval-every 1".split()
+
+
+def brightness(reward, image, prompt):
+    """A reward that differs from image to image, whatever an untrained model draws."""
+    return image.float().mean().item() / 255
+
+
+def test_two_iterations_end_to_end(quick_base, capsys, monkeypatch):
+    monkeypatch.setattr(star.OCRReward, "score", brightness)
+    prompts = quick_base / "test.txt"
+    prompts.write_text('a sign that says "CAT"\na wall that says "DOG"\n')
+    out = quick_base / "run"
+    settings = star.parse_settings([*SMALL, "--test-prompts", str(prompts), "--out", str(out)])
+    star.train(settings)
+    printed = capsys.readouterr().out
+    assert "before" in printed and str(out) in printed
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"] == dataclasses.asdict(settings) and config["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2] and "eval_reward" in lines[0]
+    for line in lines[1:]:
+        assert line["ratio_deviation"] == 0 and line["gradient_norm"] > 0 and line["skipped"] == 0
+        assert line["seconds_sampling"] > 0 and line["peak_memory_gb"] > 0
+    from PIL import Image
+
+    for name in ("test_before", "test_after", "train_latest", "maps_before", "maps_after"):
+        picture = Image.open(out / f"{name}.png")
+        assert picture.width > 100 and len(picture.convert("L").getcolors(256)) > 20, f"{name} shows nothing"
+    from diffusers import SD3Transformer2DModel
+
+    trained = SD3Transformer2DModel.from_pretrained(out / "transformer")
+    base, _ = star.tiny_policy(settings, star.OCRReward(), "cpu")
+    changed = [not torch.equal(a, b) for a, b in zip(trained.parameters(), base.transformer.parameters())]
+    assert sum(changed) > 0.9 * len(changed)  # every part of the model trains: no LoRA
+    with pytest.raises(star.BadInput, match="another run"):
+        star.parse_settings([*SMALL, "--out", str(out)])
+
+
+def test_a_damaged_cache_is_noticed_and_rebuilt(quick_base, capsys, monkeypatch):
+    settings, reward = star.parse_settings([*SMALL, "--out", str(quick_base / "x")]), star.OCRReward()
+    built, facts = star.tiny_policy(settings, reward, "cpu")
+    (weights,) = (quick_base / "cache/star.py").glob("*.safetensors")
+    state = {k: v.clone() for k, v in built.transformer.state_dict().items()}
+    with monkeypatch.context() as context:
+        context.setattr(star, "evaluate", lambda *_: pytest.fail("a whole cache was not used"))
+        loaded, again = star.tiny_policy(settings, reward, "cpu")
+    assert again == facts and all(torch.equal(state[k], v) for k, v in loaded.transformer.state_dict().items())
+    record = weights.with_suffix(".json")
+    record.write_text("")
+    star.tiny_policy(settings, reward, "cpu")
+    assert "damaged" in capsys.readouterr().out and json.loads(record.read_text())["steps"] == 4
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1  # one bit
+    weights.write_bytes(content)
+    star.tiny_policy(settings, reward, "cpu")
+    assert "damaged" in capsys.readouterr().out and weights.read_bytes() != content
+    monkeypatch.setitem(star.TINY, "rate", 1.0)  # another recipe is another cache entry
+    star.tiny_policy(settings, reward, "cpu")
+    assert len(list(weights.parent.glob("*.safetensors"))) == 2
+
+
+def save_sd3_folder(path):
+    """A whole Stable Diffusion 3 in miniature with random weights: two CLIPs, T5, AutoencoderKL."""
+    import diffusers
+    import transformers
+
+    tokenizer = star.tiny_pipeline().tokenizer
+    clip = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    t5 = t5_tokenizer()
+    t5_config = transformers.T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = sd3_transformer(
+        in_channels=16, out_channels=16, joint_attention_dim=32, pooled_projection_dim=32, num_layers=10
+    )
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16, block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=1.5305, shift_factor=0.0609,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=transformers.CLIPTextModelWithProjection(clip), tokenizer=tokenizer,
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip), tokenizer_2=tokenizer,
+        text_encoder_3=transformers.T5EncoderModel(t5_config), tokenizer_3=t5,
+    ).save_pretrained(path)  # fmt: skip
+
+
+def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeypatch):
+    """bf16, guidance 4.5, KL to a reference, T5, AutoencoderKL: SD3.5's settings on a miniature of it."""
+    save_sd3_folder(tmp_path / "sd3")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "CAT"\n"A" on it\n')
+    monkeypatch.setattr(star.OCRReward, "score", brightness)
+    star.train(star.parse_settings([
+        *f"--model {tmp_path}/sd3 --iterations 1 --prompts-per-iteration 2 --group-size 4 --batch-size 4".split(),
+        *f"--resolution 16 --t5-length 16 --sampling-steps 4 --eval-steps 3 --out {tmp_path}/run".split(),
+        *f"--train-prompts {prompts} --test-prompts {prompts}".split(),
+    ]))  # fmt: skip
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["ratio_deviation"] == 0 and line["gradient_norm"] > 0 and line["kl"] >= 0
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+# --- the cost of STAR, measured: python test_star.py ------------------------------------------------------------------
+
+
+def measure_cost(rounds=12):
+    """Iterations of star and flow-grpo in turn on the same prompts and noise; seconds of sampling and update."""
+    settings = star.parse_settings(["--model", "tiny", "--out", "runs/cost"])
+    reward = star.OCRReward()
+    policy, _ = star.load_policy(settings, reward, "cpu")
+    prompts = star.load_prompts(settings.train_prompts, "ocr")
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-9)
+    seconds = {"star": [], "flow-grpo": []}
+    for iteration in range(rounds + 1):
+        for method in sorted(seconds, reverse=iteration % 2 == 0):
+            arm = dataclasses.replace(settings, method=method)
+            chosen = star.pick_prompts(prompts, arm, iteration)
+            line = star.train_iteration(policy, None, optimizer, chosen, reward, arm, iteration)[0]
+            if iteration:  # the first round warms up
+                seconds[method].append(line["seconds_sampling"] + line["seconds_update"])
+    ratios = sorted(a / b for a, b in zip(seconds["star"], seconds["flow-grpo"]))
+    median = (ratios[(rounds - 1) // 2] + ratios[rounds // 2]) / 2
+    print(
+        f"star / flow-grpo, sampling and update: median {median:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}, n = {rounds}"
+    )
+
+
+if __name__ == "__main__":
+    measure_cost()
