@@ -430,8 +430,8 @@ class Settings:
 
 PRESETS = {
     "tiny": dict(
-        attention_blocks="3", step_weights="equal", iterations=90, prompts_per_iteration=8, group_size=16,
-        batch_size=32, learning_rate=5e-5, kl=0.0, guidance=1.0, sampling_steps=6, eval_every=10, eval_steps=10,
+        attention_blocks="3", step_weights="equal", iterations=70, prompts_per_iteration=8, group_size=16,
+        batch_size=32, learning_rate=1.5e-4, kl=0.0, guidance=1.0, sampling_steps=10, eval_every=10, eval_steps=10,
         resolution=48, t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt",
         test_prompts="prompts/tiny/test.txt",
     ),
@@ -758,8 +758,7 @@ def load_policy(settings, reward, device):
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TINY = {  # the recipe of the embedded model: change anything here and it is pre-trained anew
-    "image": 48,  # px, grey; latents are 12x12, hence 36 tokens of 8x8 px
-    "channels": 8,  # of the latents: keeps letters readable, and the space that rollouts explore small
+    "image": 48,  # px, grey; latents are its 4x4 pixel blocks: 16 channels of 12x12, hence 36 tokens of 8x8 px
     "letters": 3,
     "glyph": 8,  # px: every letter fills one token
     "text_length": 24,
@@ -782,29 +781,19 @@ TINY = {  # the recipe of the embedded model: change anything here and it is pre
 }
 
 
-class LinearVAE(torch.nn.Module):
-    """Stands where SD3's VAE stands: grey images [B, 1, h, w] <-> latents [B, C, h/4, w/4], the first C principal
-    components of 4x4 pixel blocks. Scaled up, as SD3's latents are, or noise would drown the letters.
-    """
+class PixelVAE(torch.nn.Module):
+    """Stands where SD3's VAE stands: grey images [B, 1, h, w] <-> latents [B, 16, h/4, w/4]. Nothing is learned."""
 
-    config = SimpleNamespace(scaling_factor=2.5, shift_factor=0.0, block_out_channels=(1, 1, 1))
+    config = SimpleNamespace(  # scaled to about unit variance, as SD3's latents are: unscaled, letters drown in noise
+        scaling_factor=2.5, shift_factor=-0.4, block_out_channels=(1, 1, 1), latent_channels=16
+    )  # fmt: skip
     dtype = torch.float32
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(16))
-        self.register_buffer("basis", torch.eye(16)[: TINY["channels"]])  # [C, 16]
-
-    def fit(self, images):
-        blocks = F.pixel_unshuffle(images, 4).movedim(1, -1).flatten(0, 2)  # [all blocks, 16 pixels]
-        self.mean = blocks.mean(0)
-        self.basis = torch.linalg.svd(blocks - self.mean, full_matrices=False).Vh[: TINY["channels"]].contiguous()
-
     def encode(self, images):
-        return ((F.pixel_unshuffle(images, 4).movedim(1, -1) - self.mean) @ self.basis.T).movedim(-1, 1)
+        return F.pixel_unshuffle(images, 4)
 
     def decode(self, latents, return_dict=False):
-        return (F.pixel_shuffle((latents.movedim(1, -1) @ self.basis + self.mean).movedim(-1, 1), 4),)
+        return (F.pixel_shuffle(latents, 4),)
 
 
 def tiny_pipeline():
@@ -827,7 +816,7 @@ def tiny_pipeline():
     size = TINY["image"] // 4
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=size, pos_embed_max_size=size // 2, patch_size=2,
-        in_channels=TINY["channels"], out_channels=TINY["channels"],
+        in_channels=16, out_channels=16,
         num_layers=TINY["layers"], num_attention_heads=TINY["heads"], attention_head_dim=TINY["head_dim"],
         caption_projection_dim=TINY["heads"] * TINY["head_dim"], joint_attention_dim=2 * width,
         pooled_projection_dim=2 * width, qk_norm="rms_norm",
@@ -837,7 +826,7 @@ def tiny_pipeline():
         torch.nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight)
         torch.nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight)
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0), vae=LinearVAE(),
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=PixelVAE(),
         text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
         text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
@@ -921,6 +910,7 @@ def pretrain_tiny(policy, templates, held_out, reward, settings):
     templates: prompts whose quoted word is replaced by random letters, never by a held-out (test) word.
     """
     pipe, transformer, draw = policy.pipe, policy.transformer, random.Random(TINY["seed"])
+    vae = pipe.vae.config
     generator = torch.Generator().manual_seed(TINY["seed"])
 
     def draw_prompts(count):
@@ -932,7 +922,6 @@ def pretrain_tiny(policy, templates, held_out, reward, settings):
         spans = [quoted_span(prompt) for prompt in prompts]
         return [prompt[:a] + word + prompt[b:] for prompt, word, (a, b) in zip(prompts, words, spans)], words
 
-    pipe.vae.fit(render_words(draw_prompts(1024)[1], generator))
     teach_reading(pipe, draw_prompts)
     named = transformer.named_parameters()
     matrices = [p for name, p in named if p.ndim == 2 and name.startswith("transformer_blocks") and "norm" not in name]
@@ -951,7 +940,7 @@ def pretrain_tiny(policy, templates, held_out, reward, settings):
         with torch.no_grad():
             embeddings, pooled = policy.embed(prompts)
         worn = ["".join(" " if draw.random() < TINY["missing"] else letter for letter in word) for word in words]
-        data = pipe.vae.encode(render_words(worn, generator)) * pipe.vae.config.scaling_factor
+        data = (pipe.vae.encode(render_words(worn, generator)) - vae.shift_factor) * vae.scaling_factor
         noise = torch.randn(data.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(len(data), 1, 1, 1, generator=generator))  # logit-normal, as SD3's, ...
         sigma = 6 * sigma / (1 + 5 * sigma)  # ... shifted up: where the sign stands is decided while noise is high
@@ -979,17 +968,12 @@ def tiny_policy(settings, reward, device):
     """The embedded model from the cache; pre-trained first where the cache has none, or a damaged one."""
     torch.manual_seed(TINY["seed"])
     policy = Policy(tiny_pipeline(), settings, device)
-    modules = {
-        "transformer": policy.transformer,
-        "clip_1": policy.encoders[0],
-        "clip_2": policy.encoders[1],
-        "vae": policy.pipe.vae,
-    }
+    modules = {"transformer": policy.transformer, "clip_1": policy.encoders[0], "clip_2": policy.encoders[1]}
     templates = [prompt.text for prompt in load_prompts(ROOT / "prompts/tiny/train.txt", "ocr")]
     tests = [prompt.text for prompt in load_prompts(ROOT / "prompts/tiny/test.txt", "ocr")]
     held_out = sorted({text[slice(*quoted_span(text))].upper() for text in tests})
     sources = [
-        inspect.getsource(f) for f in (tiny_pipeline, glyphs, render_words, teach_reading, pretrain_tiny, LinearVAE)
+        inspect.getsource(f) for f in (tiny_pipeline, glyphs, render_words, teach_reading, pretrain_tiny, PixelVAE)
     ]
     key = hashlib.sha256(json.dumps([TINY, templates, held_out, sources]).encode()).hexdigest()[:16]
     weights = cache_folder() / f"tiny-{key}.safetensors"
