@@ -76,7 +76,7 @@ SD35 = "stabilityai/stable-diffusion-3.5-medium"
 
 
 def sde_mean_std(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
-    """Mean and standard deviation of the next latents under Flow-GRPO's SDE (arXiv 2505.05470, eq. 9).
+    """Mean and standard deviation of the next latents under Flow-GRPO's SDE (arXiv 2505.05470).
 
         std_dev = a sqrt(sigma / (1 - sigma))             at sigma = 1 the denominator uses 1 - sigma_max
         mean    = x (1 + std_dev^2 / (2 sigma) dt) + v (1 + std_dev^2 (1 - sigma) / (2 sigma)) dt

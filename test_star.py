@@ -656,8 +656,9 @@ def test_the_readme_names_only_flags_and_functions_that_exist():
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", readme))
     known = {field.name.replace("_", "-") for field in dataclasses.fields(star.Settings)}
     assert flags and flags <= known | {"help"}
-    functions = set(re.findall(r"`([a-z_]+)\(\)?`?", readme))
-    assert functions and all(hasattr(star, name) for name in functions), functions
+    method = readme.split("## The method in five steps")[1].split("\n## ")[0]
+    functions = set(re.findall(r"`([a-z_]+)`", method))
+    assert len(functions) >= 10 and all(callable(getattr(star, name, None)) for name in functions), functions
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -695,6 +696,8 @@ def test_two_iterations_end_to_end(quick_base, capsys, monkeypatch):
     for line in lines[1:]:
         assert line["ratio_deviation"] == 0 and line["gradient_norm"] > 0 and line["skipped"] == 0
         assert line["seconds_sampling"] > 0 and line["peak_memory_gb"] > 0
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{column}`" in readme for column in lines[1]), "a logged column is not explained in the README"
     from PIL import Image
 
     for name in ("test_before", "test_after", "train_latest", "maps_before", "maps_after"):
