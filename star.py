@@ -36,6 +36,7 @@ import random
 import re
 import string
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -1081,9 +1082,10 @@ class OCRReward:
 
     def __init__(self):
         try:
+            import onnxruntime  # noqa: F401  (what rapidocr runs on, and imports only when it first reads)
             import rapidocr
         except ImportError as error:
-            raise BadInput("the ocr reward needs rapidocr: pip install -r requirements.txt") from error
+            raise BadInput(f"the ocr reward needs {error.name}: pip install -r requirements.txt") from error
         self.engine_class = rapidocr.RapidOCR
         self.local = threading.local()  # an engine a thread: the class keeps state while it reads
         self.pool = ThreadPoolExecutor(min(16, os.cpu_count()))
@@ -1119,16 +1121,16 @@ def to_picture(image, side):
 
 
 def save_grid(path, images, captions, columns=8, side=144):
-    """A grid of pictures [B, 3, h, w] uint8 with a caption under each."""
+    """A grid of pictures [B, 3, h, w] uint8 with a caption of up to three lines under each."""
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + 28) + 8), "white")
+    width, height = side + 8, side + 58
+    sheet = Image.new("RGB", (columns * width + 8, rows * height + 8), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for index, (image, caption) in enumerate(zip(images, captions)):
-        x, y = 8 + index % columns * (side + 8), 8 + index // columns * (side + 28)
+        x, y = 8 + index % columns * width, 8 + index // columns * height
         sheet.paste(to_picture(image, side), (x, y))
-        while draw.textlength(caption, font) > side:
-            caption = caption[:-1]
-        draw.text((x, y + side + 3), caption, fill="black", font=font)
+        lines = textwrap.wrap(caption, 22, max_lines=3, placeholder="...")
+        draw.text((x, y + side + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     sheet.save(path)
 
 
@@ -1403,6 +1405,9 @@ def main():
     except BadInput as error:
         print(f"star.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"star.py: stopped: {error}; the last evaluated weights are in the run's folder", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -634,6 +634,13 @@ def test_bad_settings_end_with_one_line_before_any_work(tmp_path, monkeypatch, a
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("package", ["rapidocr", "onnxruntime"])
+def test_a_missing_ocr_package_is_named(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # what import sees of a package that is not there
+    with pytest.raises(star.BadInput, match=f"needs {package}: pip install"):
+        star.OCRReward()
+
+
 def test_exit_status_and_unknown_flags():
     run = lambda *arguments: subprocess.run(
         [sys.executable, "star.py", *arguments], cwd=ROOT, capture_output=True, text=True
@@ -804,9 +811,8 @@ def measure_cost(rounds=12):
                 seconds[method].append(line["seconds_sampling"] + line["seconds_update"])
     ratios = sorted(a / b for a, b in zip(seconds["star"], seconds["flow-grpo"]))
     median = (ratios[(rounds - 1) // 2] + ratios[rounds // 2]) / 2
-    print(
-        f"star / flow-grpo, sampling and update: median {median:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}, n = {rounds}"
-    )
+    spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+    print(f"star / flow-grpo, sampling + update: median {median:.3f}, {spread}, n = {rounds}")
 
 
 if __name__ == "__main__":
