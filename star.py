@@ -985,8 +985,7 @@ def tiny_policy(settings, reward, device):
             tensors = load_file(weights)
             for name, module in modules.items():
                 module.load_state_dict({k[len(name) + 1 :]: t for k, t in tensors.items() if k.split(".")[0] == name})
-            policy.transformer.to(DTYPES[settings.dtype])
-            return policy, facts
+            return cast(policy, settings), facts
         print(f"note: the cached embedded model {weights} is damaged; pre-training it again")
     make_folder(weights.parent)
     plain = dataclasses.replace(settings, guidance=1.0, eval_steps=10, batch_size=64)  # the base is the same for all
@@ -995,8 +994,14 @@ def tiny_policy(settings, reward, device):
     write_aside(weights, lambda path: save_file(tensors, path))
     facts["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     write_aside(record, lambda path: path.write_text(json.dumps(facts, indent=1)))
-    policy.transformer.to(DTYPES[settings.dtype])
-    return policy, facts
+    return cast(policy, settings), facts
+
+
+def cast(policy, settings):
+    """The embedded model is pre-trained in fp32; --dtype bf16 trains it from a rounded copy."""
+    if settings.dtype == "bf16":
+        policy.transformer.to(torch.bfloat16)
+    return policy
 
 
 def read_json(path):

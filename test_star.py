@@ -794,7 +794,7 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
 # --- the cost of STAR, measured: python test_star.py ------------------------------------------------------------------
 
 
-def measure_cost(rounds=12):
+def measure_cost(rounds=10):
     """Iterations of star and flow-grpo in turn on the same prompts and noise; seconds of sampling and update."""
     settings = star.parse_settings(["--model", "tiny", "--out", "runs/cost"])
     reward = star.OCRReward()
