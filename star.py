@@ -524,7 +524,7 @@ def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, 
 
 
 def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, reward=None, blocks=()):
-    """Roll out `copies` images of every prompt; rewards are computed in other threads while sampling goes on.
+    """Roll out `copies` images of every prompt; rewards are computed in other threads (on a GPU, while it samples on).
 
     prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
     Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together.
@@ -670,7 +670,7 @@ class Policy:
             module.requires_grad_(False)
         size = settings.resolution // pipe.vae_scale_factor
         self.latent_shape = (self.transformer.config.in_channels, size, size)
-        self.fallbacks = 0  # prompts whose core content was lost to truncation
+        self.noted = False  # that a prompt's core content was lost to truncation: said once
 
     def embed(self, texts):
         """(embeddings [K, N, D], pooled [K, D]): CLIP's positions, then T5's (zeros where there is no T5)."""
@@ -713,11 +713,11 @@ class Policy:
             if not any(row):
                 row = token_mask(content_spans(prompt.text), offsets)
                 row = row if any(row) else token_mask([(0, len(prompt.text))], offsets)
-                if not self.fallbacks:
+                if not self.noted:
                     print(
                         f"note: {prompt.text[:60]!r}... is cut off before its core content: all words stand in for it"
                     )
-                self.fallbacks += 1
+                self.noted = True
             rows.append(row)
         masks = torch.tensor(rows, device=self.device)
         if self.pipe.text_encoder_3 is None:  # the zeros that stand where T5's positions would

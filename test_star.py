@@ -249,7 +249,7 @@ def test_core_mask_covers_clip_and_t5_and_falls_back_when_truncated(capsys):
     policy.pipe = SimpleNamespace(
         tokenizer=tokenizer, tokenizer_max_length=24, text_encoder_3=object(), tokenizer_3=t5_tokenizer()
     )
-    policy.settings, policy.device, policy.fallbacks = SimpleNamespace(task="ocr", t5_length=12), "cpu", 0
+    policy.settings, policy.device, policy.noted = SimpleNamespace(task="ocr", t5_length=12), "cpu", False
     prompt = star.Prompt('a sign that says "CAT"')
     mask = policy.core_mask([prompt])
     assert mask.shape == (1, 24 + 12)
