@@ -254,17 +254,17 @@ def allocation_map(attention, strength):
     return (1 - strength) + strength * relative
 
 
-def arrange_allocation(attention, arm, strength, generators):
+def arrange_allocation(attention, arm, strength, generators, trained):
     """The maps of one arm: attention (STAR) or one of its controls. attention [T, B, P] -> allocation [T, B, P].
 
     uniform: M = 1. shuffled: every map permuted over space by its sample's generator: the same weights in the wrong
-    places. static: each sample's maps averaged over its steps: the right places, without the temporal part.
+    places. static: each sample's maps averaged over its first `trained` steps: the places, without the temporal part.
     """
     allocation = allocation_map(attention, strength)
     if arm == "uniform":
         return torch.ones_like(allocation)
     if arm == "static":
-        return allocation[:-1].mean(0, keepdim=True).expand_as(allocation)  # the last step is never trained
+        return allocation[:trained].mean(0, keepdim=True).expand_as(allocation)
     if arm == "shuffled":
         steps, _, tokens = allocation.shape
         order = torch.stack(
@@ -305,15 +305,31 @@ def clipped_objective(log_ratio, advantages, clip_range):
     """PPO's -min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise, and the statistics of rho. Shapes broadcast."""
     ratio = log_ratio.exp()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-    with torch.no_grad():
-        stats = {
-            "ratio": ratio.mean(),
-            "ratio_deviation": (ratio - 1).abs().max(),
-            "clip_high": (ratio > 1 + clip_range).float().mean(),
-            "clip_low": (ratio < 1 - clip_range).float().mean(),
-            "approximate_kl": 0.5 * (log_ratio**2).mean(),
-        }
-    return loss.mean(), stats
+    return loss.mean(), ratio_stats(log_ratio, clip_range)
+
+
+@torch.no_grad()
+def ratio_stats(log_ratio, clip_range):
+    """How far the policy has moved from the one that sampled: statistics of rho over whatever log_ratio's shape is."""
+    ratio = log_ratio.exp()
+    return {
+        "ratio": ratio.mean(),
+        "ratio_deviation": (ratio - 1).abs().max(),
+        "clip_high": (ratio > 1 + clip_range).float().mean(),
+        "clip_low": (ratio < 1 - clip_range).float().mean(),
+        "approximate_kl": 0.5 * (log_ratio**2).mean(),
+    }
+
+
+def allocation_stats(allocation):
+    """How concentrated the maps [B, P] are: entropy (1 = uniform, 0 = one token), maximum, share of the top tenth."""
+    tokens = allocation.shape[-1]
+    share = allocation / tokens  # a distribution over the image
+    return {
+        "allocation_entropy": -torch.special.xlogy(share, share).sum(-1).mean() / math.log(max(tokens, 2)),
+        "allocation_max": allocation.amax(-1).mean(),
+        "allocation_top10": share.topk(max(1, round(tokens / 10)), dim=-1).values.sum(-1).mean(),
+    }
 
 
 def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range):
@@ -327,16 +343,12 @@ def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range):
     wider, and the clip range widens with it (ours; the paper's abstract does not say). Gradient flows through log_prob
     alone; at theta = theta_old and M = 1 it is flow_grpo_objective's exactly. Returns (loss scalar, stats).
     """
-    tokens = log_prob.shape[-1]
     allocation = allocation.detach()
+    token_clip_range = clip_range * math.sqrt(log_prob.shape[-1])
     loss, stats = clipped_objective(
-        log_prob - old_log_prob.detach(), allocation * advantages[:, None], clip_range * math.sqrt(tokens)
+        log_prob - old_log_prob.detach(), allocation * advantages[:, None], token_clip_range
     )
-    share = allocation / tokens  # a distribution over the image
-    stats["allocation_entropy"] = -torch.special.xlogy(share, share).sum(-1).mean() / math.log(max(tokens, 2))
-    stats["allocation_max"] = allocation.amax(-1).mean()
-    stats["allocation_top10"] = share.topk(max(1, round(tokens / 10)), dim=-1).values.sum(-1).mean()
-    return loss, stats
+    return loss, stats | allocation_stats(allocation)
 
 
 def flow_grpo_objective(log_prob, old_log_prob, advantages, clip_range):
@@ -374,6 +386,81 @@ def step_weights(sigmas, noise_level, mode):
     return [weight * trained / sum(weights) for weight in weights]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The second method: FDFO, Finite Difference Flow Optimization (arXiv 2603.12893). Here the whole sampling run is one
+# action. Two trajectories share their noise but for a little ("churn"), and the velocity is pulled toward the better
+# image of the pair. STAR's map fits on it too: --method fdfo --allocation attention (ours, in neither paper).
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def churn_step(latents, velocity, sigma, sigma_next, churn, noise):
+    """One Euler step that overshoots to r < s = sigma_next and is noised back to exactly s.
+
+        r = s / (1 + g (1 - s)),    y = x + (r - sigma) v,    x' = (y + r sqrt((1 + g)^2 - 1) eps) / (1 + g r)
+
+    latents, velocity, noise (eps, N(0, I)) [B, C, H, W]; churn is g >= 0. Returns [B, C, H, W] fp32. g = 0 is the Euler
+    step exactly, and so is the last one (s = 0). From sigma = s = 1 it mixes a share of eps into pure noise: the start
+    of one branch. Raises ValueError for a negative g or a sigma that goes up.
+    """
+    if churn < 0:
+        raise ValueError(f"churn must be 0 or more, got {churn}")
+    if not 0 <= sigma_next <= sigma <= 1:
+        raise ValueError(f"a step must not go up in sigma, within [0, 1]: got {sigma} -> {sigma_next}")
+    low = sigma_next / (1 + churn * (1 - sigma_next))
+    overshot = latents.float() + (low - sigma) * velocity.float()
+    return (overshot + low * math.sqrt((1 + churn) ** 2 - 1) * noise) / (1 + churn * low)
+
+
+def fdfo_direction(final_latents, rewards):
+    """In a pair, which way is the better image, and by how much better is it?
+
+        dR = r - mean of the pair,    delta = x_0 - mean of the pair,    d = delta / (<delta^2> + 1e-6)
+
+    final_latents [2K, C, H, W], interleaved a0 b0 a1 b1 ...; rewards [2K]; < > is the mean over C, H, W. Returns
+    (reward_difference dR [2K] fp32, raw: no std, no clip; direction d [2K, C, H, W] fp32). dR d is the same in both
+    branches, and on average the reward's gradient. ValueError for an odd number or a reward that is not finite.
+    """
+    if len(rewards) % 2 or len(final_latents) != len(rewards):
+        raise ValueError(f"{len(final_latents)} latents and {len(rewards)} rewards do not make pairs")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("a reward is not a finite number")
+
+    def from_pair_mean(values):  # half the difference, with opposite signs: exactly 0 for a tie
+        first, second = values[0::2], values[1::2]
+        half = (first - second) / 2
+        return torch.stack([half, -half], dim=1).flatten(0, 1)
+
+    delta = from_pair_mean(final_latents.float())
+    scale = delta.square().mean((1, 2, 3), keepdim=True) + 1e-6
+    return from_pair_mean(rewards.double()).float(), delta / scale
+
+
+def fdfo_objective(velocity, old_velocity, reward_difference, direction, clip_range, allocation=None):
+    """FDFO's objective of one step: pull v toward v_old - d where dR > 0, away from it where dR < 0, and not too far.
+
+        dv  = v - v_old,    rho = exp(-<dv (dv + 2 d)>)       i.e. exp(-<(v - v*)^2> + <d^2>) with v* = v_old - d
+        L   = mean_B( -dR rho + |dR| / (2 eps) (rho - 1)^2 )  whose optimum is rho = 1 + eps sign(dR)
+
+    velocity, old_velocity, direction [B, C, H, W]; reward_difference [B]; clip_range is eps (0.03); < > the mean over
+    C, H, W. allocation [B, P] of mean 1 makes < > the M-weighted mean, every token's weight on its whole latent patch;
+    M = 1 is plain FDFO bitwise. Gradient flows through velocity alone. Returns (loss scalar, stats).
+    """
+    difference = velocity.float() - old_velocity.detach().float()
+    product = difference * (difference + 2 * direction)
+    if allocation is not None:
+        height, width = velocity.shape[-2:]
+        patch = math.isqrt(height * width // allocation.shape[-1])
+        maps = allocation.detach().view(-1, 1, height // patch, width // patch)
+        product = product * maps.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    log_ratio = -product.mean((1, 2, 3))
+    ratio = log_ratio.exp()
+    penalty = reward_difference.abs() / (2 * clip_range) * (ratio - 1) ** 2
+    stats = ratio_stats(log_ratio, clip_range)
+    if allocation is not None:
+        stats |= allocation_stats(allocation)
+    return (penalty - reward_difference * ratio).mean(), stats
+
+
 # ======================================================================================================================
 # Settings: one dataclass, and the command line is made from it. `None` means: by model, see PRESETS.
 # ======================================================================================================================
@@ -392,10 +479,14 @@ class Settings:
         None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder; "
         "default: stabilityai/stable-diffusion-3.5-medium with a CUDA device, else tiny"
     )  # fmt: skip
-    method: str = setting("star", "star (an advantage for every region) or flow-grpo (one scalar for the whole image)")
-    allocation: str = setting(
-        "attention", "star's maps: attention; or a control: uniform (all 1), shuffled (over space), static (over steps)"
-    )
+    method: str = setting(
+        "star", "star (an advantage for every region), flow-grpo (one scalar for the whole image) or fdfo (paired "
+        "trajectories, pulled toward the better image)"
+    )  # fmt: skip
+    allocation: str | None = setting(
+        None, "maps of star and fdfo: attention (star's default), uniform (all 1; fdfo's default), or a control: "
+        "shuffled (over space), static (over steps)"
+    )  # fmt: skip
     allocation_strength: float = setting(1.0, "lambda: 0 uniform, 1 the attention map alone (paper silent; ours)")
     attention_blocks: str | None = setting(
         None, "joint blocks to read, e.g. 9 or 8,9,10 (SD3.5: 9, Seg4Diff's finding; tiny: its last)"
@@ -407,13 +498,16 @@ class Settings:
     prompts_per_iteration: int | None = setting(None, "groups an iteration")
     group_size: int | None = setting(None, "images a prompt, compared with each other; at least 2 (Flow-GRPO: 24)")
     batch_size: int | None = setting(None, "images a forward pass, in sampling and update alike; memory goes with it")
-    optimizer_steps: int = setting(2, "optimizer steps an iteration, one pass over the images (Flow-GRPO: 2)")
+    optimizer_steps: int | None = setting(None, "optimizer steps an iteration, one pass over the images")
     learning_rate: float | None = setting(None, "AdamW's, constant; all weights train (no LoRA)")
-    clip_range: float = setting(1e-4, "eps of an image-level ratio (Flow-GRPO's); a region's is eps sqrt(P)")
+    clip_range: float | None = setting(None, "eps of an image-level ratio; star's regions have eps sqrt(P)")
     kl: float | None = setting(None, "weight of the KL to the starting model; 0 keeps no reference copy")
     guidance: float | None = setting(None, "classifier-free guidance, in sampling, update and evaluation; 1 = off")
     sampling_steps: int | None = setting(None, "denoising steps of a rollout, all but the last trained (Flow-GRPO: 10)")
     noise_level: float = setting(0.7, "a of the SDE sampler: how much each step explores (Flow-GRPO: 0.7)")
+    churn: float | None = setting(
+        None, "fdfo only: g, the share of fresh noise a step in which the two of a pair differ; default 0.1 / steps"
+    )
     eval_every: int | None = setting(None, "iterations between evaluations on the test prompts")
     eval_steps: int | None = setting(None, "denoising steps of the deterministic sampler in evaluation")
     resolution: int | None = setting(None, "pixels a side")
@@ -429,6 +523,13 @@ class Settings:
         return tuple(int(block) for block in self.attention_blocks.split(","))
 
 
+METHODS = {  # what each method's own papers take; stands above the model's preset
+    "star": dict(allocation="attention", optimizer_steps=2, clip_range=1e-4),
+    "flow-grpo": dict(allocation="uniform", optimizer_steps=2, clip_range=1e-4),
+    "fdfo": dict(
+        allocation="uniform", optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0,
+    ),
+}  # fmt: skip
 PRESETS = {
     "tiny": dict(
         attention_blocks="3", step_weights="equal", iterations=70, prompts_per_iteration=8, group_size=16,
@@ -448,12 +549,14 @@ PRESETS = {
 def preset_help():
     lines = ["defaults that depend on the model:", f"  {'':24s}{'tiny':26s}SD3 / SD3.5"]
     lines += [f"  {name:24s}{value!s:26s}{PRESETS['sd3'][name]}" for name, value in PRESETS["tiny"].items()]
+    lines += ["", "defaults that depend on the method, and stand above the model's:"]
+    lines += [f"  {name:12s}" + "  ".join(f"{k}={v}" for k, v in values.items()) for name, values in METHODS.items()]
     return "\n".join(lines)
 
 
 CHOICES = {
     "task": ("ocr", "geneval", "pickscore"),
-    "method": ("star", "flow-grpo"),
+    "method": ("star", "flow-grpo", "fdfo"),
     "allocation": ("attention", "uniform", "shuffled", "static"),
     "step_weights": ("none", "equal"),
     "dtype": ("bf16", "fp32"),
@@ -471,11 +574,13 @@ class Trajectory:
 
     text: tuple  # (embeddings [B or 2B, N, D], pooled [B or 2B, D]); with CFG the empty prompt's half first
     latents: torch.Tensor  # [T + 1, B, C, H, W] fp32, from pure noise to the final latents
-    log_prob: torch.Tensor | None  # [T, B, P] under the policy that sampled them; None for the ODE
+    log_prob: torch.Tensor | None  # [T, B, P] under the policy that sampled them; None without the SDE's noise
+    velocity: torch.Tensor | None  # [T, B, C, H, W], fdfo's v_old; None for the others
     attention: torch.Tensor | None  # [T, B, P], S; None where it was not asked for
     generators: list  # one a sample, in the state after its noise
     allocation: torch.Tensor | None = None  # [T, B, P], M
-    advantages: torch.Tensor | None = None  # [B], A
+    advantages: torch.Tensor | None = None  # [B], A; fdfo: dR
+    direction: torch.Tensor | None = None  # [B, C, H, W], fdfo's d
 
 
 def predict_velocity(transformer, latents, sigma, text, guidance):
@@ -503,27 +608,46 @@ def sample_generator(*key):
 
 
 @torch.no_grad()
-def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, blocks=()):
+def rollout(transformer, text, core_mask, noise, sigmas, noise_level, churn, guidance, blocks=()):
     """Sample one microbatch from pure noise to images in latent space.
 
-    noise [B, T + 1, C, H, W]: the start, then each step's; noise_level 0 is the deterministic sampler of evaluation;
-    blocks: where to capture attention, none for no capture. Returns (latents, log_prob or None, attention or None).
+    noise [B, T + 1, C, H, W]: the start, then each step's; churn > 0 takes FDFO's steps, else the SDE's, of which
+    noise_level 0 is the deterministic sampler of evaluation; blocks: where to capture attention, none for no capture.
+    Returns (latents, log_prob, velocity, attention), as Trajectory describes them.
     """
-    latents, log_probs, attention = [noise[:, 0]], [], []
+    latents, log_probs, velocities, attention = [noise[:, 0]], [], [], []
     with capture_attention(transformer, core_mask, blocks) as captured:
-        for i in range(len(sigmas) - 1):
-            velocity = predict_velocity(transformer, latents[i], sigmas[i], text, guidance)
-            mean, std = sde_mean_std(latents[i], velocity, sigmas[i], sigmas[i + 1], sigmas[1], noise_level)
-            latents.append(mean + std * noise[:, i + 1])
-            if std > 0:
-                log_probs.append(token_log_prob(latents[-1], mean, std, transformer.config.patch_size))
+        for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+            velocity = predict_velocity(transformer, latents[i], sigma, text, guidance)
+            if churn > 0:
+                latents.append(churn_step(latents[i], velocity, sigma, sigma_next, churn, noise[:, i + 1]))
+                velocities.append(velocity)
+            else:
+                mean, std = sde_mean_std(latents[i], velocity, sigma, sigma_next, sigmas[1], noise_level)
+                latents.append(mean + std * noise[:, i + 1])
+                if std > 0:
+                    log_probs.append(token_log_prob(latents[-1], mean, std, transformer.config.patch_size))
             if blocks:
                 attention.append(torch.stack(captured).mean(0))  # over blocks -> [B, P]
                 captured.clear()
-    return torch.stack(latents), *(torch.stack(steps) if steps else None for steps in (log_probs, attention))
+    stacks = (torch.stack(steps) if steps else None for steps in (log_probs, velocities, attention))
+    return torch.stack(latents), *stacks
 
 
-def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, reward=None, blocks=()):
+def sample_noise(key, prompt, sample, steps, shape, churn):
+    """One trajectory's noise [T + 1, C, H, W] (its start, then each step's) and its generator in the state after it.
+
+    With churn, samples 2k and 2k + 1 of a prompt start from the same noise but for FDFO's first re-noising.
+    """
+    generator = sample_generator(*key, prompt, sample)
+    noise = torch.randn(steps + 1, *shape, generator=generator)
+    if churn > 0:
+        shared = torch.randn(shape, generator=sample_generator(*key, prompt, "pair", sample // 2))
+        noise[0] = churn_step(shared, torch.zeros(shape), 1.0, 1.0, churn, noise[0])
+    return noise, generator
+
+
+def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, churn=0.0, reward=None, blocks=()):
     """Roll out `copies` images of every prompt; rewards are computed in other threads (on a GPU, while it samples on).
 
     prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
@@ -535,18 +659,19 @@ def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, r
     trajectories, images, jobs, pending = [], [], [], []
     for rows in torch.arange(len(prompts) * copies).split(settings.batch_size):
         slots = rows // copies
-        generators = [sample_generator(*key, int(row) // copies, int(row) % copies) for row in rows]
-        noise = torch.stack([torch.randn(len(sigmas), *policy.latent_shape, generator=g) for g in generators]).to(
-            policy.device
-        )
+        noise, generators = zip(*[
+            sample_noise(key, row // copies, row % copies, len(sigmas) - 1, policy.latent_shape, churn)
+            for row in rows.tolist()
+        ])  # fmt: skip
+        noise = torch.stack(noise).to(policy.device)
         text = (embeddings[slots], pooled[slots])
         if empty is not None:
             text = tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
-        latents, log_prob, attention = rollout(
-            policy.transformer, text, masks[slots], noise, sigmas, noise_level, settings.guidance, blocks
+        steps = rollout(
+            policy.transformer, text, masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks
         )
-        trajectories.append(Trajectory(text, latents, log_prob, attention, generators))
-        images.append(policy.decode(latents[-1]))
+        trajectories.append(Trajectory(text, *steps, generators))
+        images.append(policy.decode(trajectories[-1].latents[-1]))
         jobs.append((images[-1], [prompts[slot] for slot in slots]))
         if reward is not None and policy.device.type != "cpu":  # the GPU samples on while the CPU reads
             pending += reward.submit(*jobs.pop())
@@ -555,52 +680,66 @@ def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, r
     return trajectories, torch.cat(images), pending
 
 
-def policy_loss(settings, trajectory, i, log_prob):
-    """The objective of one microbatch at step i: (loss, stats)."""
-    old_log_prob, advantages = trajectory.log_prob[i], trajectory.advantages
+def policy_loss(settings, trajectory, i, velocity, sigmas, patch_size):
+    """The objective of one microbatch at step i: (loss, stats, mean, std); fdfo's steps have no density to speak of."""
+    advantages = trajectory.advantages
+    allocation = None if trajectory.allocation is None else trajectory.allocation[i]
+    if settings.method == "fdfo":
+        old = trajectory.velocity[i]
+        loss, stats = fdfo_objective(velocity, old, advantages, trajectory.direction, settings.clip_range, allocation)
+        return loss, stats, None, None
+    mean, std = sde_mean_std(trajectory.latents[i], velocity, sigmas[i], sigmas[i + 1], sigmas[1], settings.noise_level)
+    log_prob = token_log_prob(trajectory.latents[i + 1], mean, std, patch_size)
     if settings.method == "flow-grpo":
-        return flow_grpo_objective(log_prob, old_log_prob, advantages, settings.clip_range)
-    return star_objective(log_prob, old_log_prob, advantages, trajectory.allocation[i], settings.clip_range)
+        loss, stats = flow_grpo_objective(log_prob, trajectory.log_prob[i], advantages, settings.clip_range)
+    else:
+        loss, stats = star_objective(log_prob, trajectory.log_prob[i], advantages, allocation, settings.clip_range)
+    return loss, stats, mean, std
 
 
-def update(policy, reference, optimizer, trajectories, sigmas, settings):
-    """One pass over the rollouts in `optimizer_steps` optimizer steps, over denoising steps 0..T-2 (never the last).
+def update(policy, reference, optimizer, trajectories, sigmas, settings, key=()):
+    """One pass over every trained (microbatch, denoising step) of the rollouts, in `optimizer_steps` optimizer steps.
 
-    Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first optimizer step
-    the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation is the largest
-    |ratio - 1| before the first optimizer step, which must be 0.
+    star and flow-grpo take whole trajectories at a time, steps 0..T-2 (never the last); fdfo every step, shuffled by
+    `key`. Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first
+    optimizer step the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation
+    is the largest |ratio - 1| before the first optimizer step, which must be 0.
     """
-    transformer, trained = policy.transformer, len(sigmas) - 2
+    transformer, fdfo = policy.transformer, settings.method == "fdfo"
     weights = step_weights(sigmas, settings.noise_level, settings.step_weights)
-    history, first_deviation, skipped, norms = [], 0.0, 0, []
-    chunk_size = len(trajectories) // settings.optimizer_steps
-    for start in range(0, len(trajectories), chunk_size):
-        chunk = trajectories[start : start + chunk_size]
-        for trajectory in chunk:
+    weights += [1.0] * fdfo  # its last step too
+    work = [(trajectory, i) for trajectory in trajectories for i in range(len(weights))]
+    if fdfo:
+        order = torch.randperm(len(work), generator=sample_generator(*key, "update"))
+        work = [work[j] for j in order]
+    history, first_deviation, norms = [], 0.0, []
+    chunk_size = len(work) // settings.optimizer_steps
+    for start in range(0, len(work), chunk_size):
+        for trajectory, i in work[start : start + chunk_size]:
             if settings.kl == 0 and not trajectory.advantages.any():
-                skipped += 1  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
-                continue
-            for i in range(trained):
-                latents, sigma, sigma_next = trajectory.latents[i], sigmas[i], sigmas[i + 1]
-                step = (sigma, sigma_next, sigmas[1], settings.noise_level)
-                velocity = predict_velocity(transformer, latents, sigma, trajectory.text, settings.guidance)
-                mean, std = sde_mean_std(latents, velocity, *step)
-                log_prob = token_log_prob(trajectory.latents[i + 1], mean, std, transformer.config.patch_size)
-                loss, stats = policy_loss(settings, trajectory, i, log_prob)
-                if reference is not None:
-                    with torch.no_grad():
-                        old = predict_velocity(reference, latents, sigma, trajectory.text, settings.guidance)
-                        reference_mean, _ = sde_mean_std(latents, old, *step)
-                    kl = kl_to_reference(mean, reference_mean, std, sigma_next - sigma)
-                    loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
-                (loss * weights[i] / (len(chunk) * trained)).backward()
-                history.append({name: float(value) for name, value in stats.items()})
-                if start == 0:
-                    first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
+                continue  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
+            latents, sigma = trajectory.latents[i], sigmas[i]
+            velocity = predict_velocity(transformer, latents, sigma, trajectory.text, settings.guidance)
+            loss, stats, mean, std = policy_loss(
+                settings, trajectory, i, velocity, sigmas, transformer.config.patch_size
+            )
+            if reference is not None:
+                with torch.no_grad():
+                    old = predict_velocity(reference, latents, sigma, trajectory.text, settings.guidance)
+                    reference_mean, _ = sde_mean_std(
+                        latents, old, sigma, sigmas[i + 1], sigmas[1], settings.noise_level
+                    )
+                kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigma)
+                loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
+            (loss * weights[i] / chunk_size).backward()
+            history.append({name: float(value) for name, value in stats.items()})
+            if start == 0:
+                first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
         norms.append(optimizer.step())
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
     if first_deviation > 0:
         print(f"note: the ratio was off 1 by {first_deviation:.1e} before the first step: rollout and update differ")
+    skipped = sum(settings.kl == 0 and not trajectory.advantages.any() for trajectory in trajectories)
     averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "gradient_norm": sum(norms) / len(norms)}
     return averages
 
@@ -1179,7 +1318,7 @@ EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' 
 def evaluate(policy, prompts, reward, settings):
     """One image a prompt with the deterministic sampler and fixed seeds: (images [K, 3, h, w] uint8, rewards [K])."""
     sigmas = policy.sigmas(settings.eval_steps)
-    _, images, pending = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, reward)
+    _, images, pending = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, reward=reward)
     return images, gather_rewards(pending)
 
 
@@ -1203,30 +1342,38 @@ def pick_prompts(prompts, settings, iteration):
 
 
 def train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration):
-    """One iteration of STAR (or Flow-GRPO): sample, reward, compare, allocate, update. Returns (metrics, images)."""
-    clock = [time.perf_counter()]
-    sigmas = policy.sigmas(settings.sampling_steps)
-    blocks = settings.blocks if settings.method == "star" else ()
-    # 1. Roll out groups of images with the SDE sampler, reading the attention on the way.
+    """One iteration of STAR (or Flow-GRPO, or FDFO): sample, reward, compare, allocate, update. Returns (metrics,
+    images, rewards)."""
+    clock, key = [time.perf_counter()], (settings.seed, iteration)
+    sigmas, fdfo = policy.sigmas(settings.sampling_steps), settings.method == "fdfo"
+    blocks = settings.blocks if settings.method == "star" or settings.allocation != "uniform" else ()
+    # 1. Roll out groups of images with the SDE sampler (fdfo: in pairs), reading the attention on the way.
     trajectories, images, pending = sample_groups(
-        policy, prompts, settings.group_size, settings, (settings.seed, iteration), sigmas, settings.noise_level,
-        reward, blocks,
+        policy, prompts, settings.group_size, settings, key, sigmas, settings.noise_level,
+        settings.churn if fdfo else 0.0, reward, blocks,
     )  # fmt: skip
     clock.append(time.perf_counter())
     # 2. Reward the final images.
     rewards = gather_rewards(pending)
     clock.append(time.perf_counter())
-    # 3. Compare each image with its group.
-    advantages = group_advantages(rewards, settings.group_size).to(policy.device).split(settings.batch_size)
-    for trajectory, advantage in zip(trajectories, advantages):
+    # 3. Compare each image with its group (fdfo: with its twin).
+    if fdfo:
+        final = torch.cat([trajectory.latents[-1] for trajectory in trajectories])
+        advantages, directions = fdfo_direction(final, rewards.to(policy.device))
+        for trajectory, direction in zip(trajectories, directions.split(settings.batch_size)):
+            trajectory.direction = direction
+    else:
+        advantages = group_advantages(rewards, settings.group_size).to(policy.device)
+    for trajectory, advantage in zip(trajectories, advantages.split(settings.batch_size)):
         trajectory.advantages = advantage
         # 4. Allocate: every step of every rollout has a map of its own.
         if blocks:
             trajectory.allocation = arrange_allocation(
-                trajectory.attention, settings.allocation, settings.allocation_strength, trajectory.generators
-            )
+                trajectory.attention, settings.allocation, settings.allocation_strength, trajectory.generators,
+                trained=settings.sampling_steps - (not fdfo),
+            )  # fmt: skip
     # 5. Update through the clipped objective.
-    stats = update(policy, reference, optimizer, trajectories, sigmas, settings)
+    stats = update(policy, reference, optimizer, trajectories, sigmas, settings, key)
     clock.append(time.perf_counter())
     seconds = [after - before for before, after in zip(clock, clock[1:])]
     metrics = {
@@ -1342,10 +1489,13 @@ def parse_settings(arguments=None):
         settings.model = SD35 if cuda else "tiny"
         if not cuda:
             print("note: no CUDA device, so this is the embedded tiny model (--model tiny); nothing is downloaded")
-    for name, value in PRESETS["tiny" if settings.model == "tiny" else "sd3"].items():
+    preset = PRESETS["tiny" if settings.model == "tiny" else "sd3"] | METHODS.get(settings.method, {})
+    for name, value in preset.items():
         if getattr(settings, name) is None:
             value = value.format(task=settings.task) if isinstance(value, str) else value
             setattr(settings, name, str(ROOT / value) if name.endswith("prompts") else value)
+    if settings.method == "fdfo" and settings.churn is None:
+        settings.churn = 0.1 / max(settings.sampling_steps, 1)
     if settings.out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{stamp}"
@@ -1377,14 +1527,25 @@ def check_settings(settings):
     need(0 <= settings.kl < math.inf, "--kl must be 0 or more")
     need(1 <= settings.guidance < math.inf, "--guidance must be at least 1, which is off")
     need(
-        settings.method == "star" or (settings.allocation, settings.allocation_strength) == ("attention", 1.0),
-        "--allocation and --allocation-strength belong to --method star; flow-grpo has no maps",
+        settings.method != "flow-grpo" or (settings.allocation, settings.allocation_strength) == ("uniform", 1.0),
+        "--allocation and --allocation-strength belong to --method star and fdfo; flow-grpo has no maps",
     )
-    images = settings.prompts_per_iteration * settings.group_size
+    fdfo = settings.method == "fdfo"
+    need(fdfo or settings.churn is None, "--churn belongs to --method fdfo")
+    if fdfo:
+        need(0 < settings.churn <= 1, "--churn must lie in (0, 1]: without it the two of a pair are the same image")
+        need(settings.group_size % 2 == 0, "--group-size must be even: fdfo compares the two images of a pair")
+        need(settings.kl == 0, "--kl must be 0 with --method fdfo: its steps have no density to compare")
+        need(
+            settings.step_weights == "none",
+            "--step-weights must be none with --method fdfo: its steps speak equally loud already",
+        )
+    images, batches = settings.prompts_per_iteration * settings.group_size, settings.optimizer_steps
+    whole = images // settings.batch_size * (settings.sampling_steps if fdfo else 1)  # fdfo's batches are shuffled
     need(
-        images % (settings.batch_size * settings.optimizer_steps) == 0,
+        images % settings.batch_size == 0 and whole % batches == 0,
         f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
-        f"{settings.optimizer_steps} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
+        f"{batches} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
     )
     need(
         not tiny or settings.resolution == TINY["image"],

@@ -291,13 +291,14 @@ def test_allocation_map_of_a_corner_stays_in_the_corner_and_of_nothing_is_unifor
 def test_arms():
     attention = torch.rand(4, 2, 36, generator=torch.Generator().manual_seed(0))
     generators = lambda: [star.sample_generator("arms", sample) for sample in range(2)]
-    maps = {arm: star.arrange_allocation(attention, arm, 1.0, generators()) for arm in star.CHOICES["allocation"]}
+    arrange = lambda arm: star.arrange_allocation(attention, arm, 1.0, generators(), trained=3)
+    maps = {arm: arrange(arm) for arm in star.CHOICES["allocation"]}
     assert torch.equal(maps["attention"], star.allocation_map(attention, 1.0))
     assert torch.equal(maps["uniform"], torch.ones(4, 2, 36))
     torch.testing.assert_close(maps["static"][2], maps["attention"][:3].mean(0))  # over the trained steps
     assert torch.equal(maps["shuffled"].sort(-1).values, maps["attention"].sort(-1).values)
     assert not torch.equal(maps["shuffled"], maps["attention"])
-    assert torch.equal(maps["shuffled"], star.arrange_allocation(attention, "shuffled", 1.0, generators()))
+    assert torch.equal(maps["shuffled"], arrange("shuffled"))
 
 
 # --- 4. advantages ----------------------------------------------------------------------------------------------------
@@ -403,6 +404,137 @@ def test_step_weights():
     assert loudness == pytest.approx([loudness[0]] * 9, rel=1e-4)
 
 
+# --- FDFO -------------------------------------------------------------------------------------------------------------
+
+
+def test_churn_0_and_the_last_step_are_the_euler_step_of_diffusers_bitwise():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    sigmas = scheduler.sigmas.tolist()
+    latents, velocity, noise = randn(2, 16, 8, 8), randn(2, 16, 8, 8, seed=1), randn(2, 16, 8, 8, seed=2)
+    for i, timestep in enumerate(scheduler.timesteps):
+        expected = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        assert torch.equal(star.churn_step(latents, velocity, sigmas[i], sigmas[i + 1], 0.0, noise), expected)
+    assert torch.equal(star.churn_step(latents, velocity, sigmas[9], 0.0, 0.01, noise), expected)
+    assert not torch.equal(star.churn_step(latents, velocity, 0.8, 0.7, 0.01, noise), latents + (0.7 - 0.8) * velocity)
+    for bad in [(0.5, 0.6, 0.01), (0.6, 0.5, -0.01)]:
+        with pytest.raises(ValueError):
+            star.churn_step(latents, velocity, *bad, noise)
+
+
+@pytest.mark.parametrize("churn", [0.01, 0.5])
+def test_a_gaussians_marginal_is_kept_by_the_churn_step(churn):
+    """Data N(0, s^2): x at sigma has variance (1 - sigma)^2 s^2 + sigma^2 and the exact flow only rescales it."""
+    variance = lambda sigma: (1 - sigma) ** 2 * 0.25 + sigma**2
+    latents = star.churn_step(randn(50_000), torch.zeros(50_000), 1.0, 1.0, churn, randn(50_000, seed=1))
+    assert latents.std().item() == pytest.approx(1, rel=0.01)
+    for i, (sigma, after) in enumerate(zip(SIGMAS, SIGMAS[1:])):
+        low = after / (1 + churn * (1 - after))  # where the step goes before it is noised back
+        velocity = latents * (math.sqrt(variance(low) / variance(sigma)) - 1) / (low - sigma)
+        latents = star.churn_step(latents, velocity, sigma, after, churn, randn(50_000, seed=2 + i))
+        assert latents.std().item() == pytest.approx(math.sqrt(variance(after)), rel=0.015)
+
+
+def test_fdfo_direction_is_the_same_pull_in_both_branches_and_nothing_for_a_tie():
+    final, rewards = randn(6, 4, 4, 4), torch.tensor([0.9, 0.4, 0.2, 0.2, 0.0, 1.0])
+    difference, direction = star.fdfo_direction(final, rewards)
+    torch.testing.assert_close(difference, torch.tensor([0.25, -0.25, 0.0, 0.0, -0.5, 0.5]))
+    delta = (final[0] - final[1]) / 2
+    torch.testing.assert_close(direction[0], delta / (delta.square().mean() + 1e-6))
+    pull = difference[:, None, None, None] * direction
+    assert torch.equal(pull[0::2], pull[1::2]) and not pull[2:4].any() and pull[0].any()
+    same, flat = star.fdfo_direction(torch.ones(2, 4, 4, 4), torch.tensor([0.0, 1.0]))  # two images alike: no way to go
+    assert same.any() and not flat.any()
+    for latents, bad in [(final[:5], rewards[:5]), (final, rewards[:4]), (final, rewards / 0)]:
+        with pytest.raises(ValueError):
+            star.fdfo_direction(latents, bad)
+
+
+def test_on_a_linear_reward_fdfos_mean_direction_is_the_gradient():
+    gradient, pairs = randn(4, 4, 4), 20_000
+    for size in (0.01, 1.0):  # whatever the size of the perturbation
+        final = torch.ones(4, 4, 4) + size * randn(2 * pairs, 4, 4, 4, seed=1)
+        difference, direction = star.fdfo_direction(final, (final * gradient).sum((1, 2, 3)))
+        mean = (difference[:, None, None, None] * direction).mean(0)
+        # <delta^2> is itself an estimate over 64 numbers, which costs (64 / 66); the 1e-6 matters at size 0.01 only
+        assert ((mean - gradient).norm() / gradient.norm()).item() < 0.1
+
+
+def test_fdfo_objective_starts_at_ratio_1_with_the_exact_gradient():
+    old, direction, difference = randn(3, 4, 4, 4), randn(3, 4, 4, 4, seed=1), torch.tensor([0.5, -0.25, 0.0])
+    velocity = old.clone().requires_grad_()
+    loss, stats = star.fdfo_objective(velocity, old, difference, direction, 0.03)
+    assert stats["ratio"] == 1 and stats["ratio_deviation"] == 0
+    (gradient,) = torch.autograd.grad(loss * 3, velocity)  # the loss is a mean over the batch
+    torch.testing.assert_close(gradient, difference[:, None, None, None] * (2 / 64) * direction)
+    assert not gradient[2].any()  # a tie
+
+
+@pytest.mark.parametrize("difference", [0.5, -0.5])
+def test_fdfo_objective_is_least_where_the_ratio_is_1_plus_or_minus_eps(difference):
+    old, direction, eps = randn(1, 4, 4, 4), randn(1, 4, 4, 4, seed=1), 0.03
+    scale = direction.square().mean().item()
+    goal = math.log(1 + math.copysign(eps, difference)) / scale  # along v_old - c d, ln rho = (2 c - c^2) <d^2>
+    best = 1 - math.sqrt(1 - goal)
+    losses = {}
+    for c in (best, best + 0.003, best - 0.003, 0.0):
+        velocity = (old - c * direction).requires_grad_()
+        loss, stats = star.fdfo_objective(velocity, old, torch.tensor([difference]), direction, eps)
+        losses[c] = loss.item()
+        if c == best:
+            (gradient,) = torch.autograd.grad(loss, velocity)
+            assert stats["ratio"].item() == pytest.approx(1 + math.copysign(eps, difference), rel=1e-5)
+            assert gradient.abs().max() < 1e-4
+    assert min(losses, key=losses.get) == best
+    # and the form without cancellation is the definition: exp(-<(v - v*)^2> + <d^2>)
+    velocity, goal = old + 0.1 * randn(1, 4, 4, 4, seed=2), old - direction
+    _, stats = star.fdfo_objective(velocity, old, torch.tensor([difference]), direction, eps)
+    expected = torch.exp(direction.square().mean() - (velocity - goal).square().mean())
+    torch.testing.assert_close(stats["ratio"], expected)
+
+
+def test_allocated_fdfo_weights_the_mean_over_space():
+    old, direction = randn(2, 4, 4, 8), randn(2, 4, 4, 8, seed=1)
+    velocity, difference = old + 0.05 * randn(2, 4, 4, 8, seed=2), torch.tensor([0.5, -0.5])
+    plain = star.fdfo_objective(velocity, old, difference, direction, 0.03)[0]
+    assert torch.equal(
+        plain, star.fdfo_objective(velocity, old, difference, direction, 0.03, torch.ones(2, 4 * 8 // 4))[0]
+    )
+    allocation = star.allocation_map(torch.rand(2, 8, generator=torch.Generator().manual_seed(0)), 1.0)
+    expected = 0.0
+    for b in range(2):
+        total = 0.0
+        for y in range(4):
+            for x in range(8):
+                dv = velocity[b, :, y, x] - old[b, :, y, x]
+                total += allocation[b, (y // 2) * 4 + x // 2] * (dv * (dv + 2 * direction[b, :, y, x])).sum()
+        ratio = torch.exp(-total / (4 * 4 * 8))
+        expected += (-difference[b] * ratio + difference[b].abs() / 0.06 * (ratio - 1) ** 2) / 2
+    loss, stats = star.fdfo_objective(velocity, old, difference, direction, 0.03, allocation)
+    torch.testing.assert_close(loss, expected)
+    assert 0 < stats["allocation_entropy"] < 1 and stats["allocation_max"] > 1
+    corner = torch.zeros(2, 8)
+    corner[:, 0] = 8.0  # only the first token counts
+    velocity.requires_grad_()
+    star.fdfo_objective(velocity, old, difference, direction, 0.03, corner)[0].backward()
+    assert (
+        velocity.grad[:, :, :2, :2].all() and not velocity.grad[:, :, 2:].any() and not velocity.grad[:, :, :, 2:].any()
+    )
+
+
+def test_the_two_of_a_pair_share_their_noise_but_for_a_little():
+    noise = lambda prompt, sample, churn=0.01: star.sample_noise((0, 1), prompt, sample, 5, (16, 12, 12), churn)[0]
+    correlation = lambda a, b: torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+    assert correlation(noise(0, 0)[0], noise(0, 1)[0]) == pytest.approx(1 / 1.01**2, abs=0.003)
+    assert abs(correlation(noise(0, 1)[0], noise(0, 2)[0])) < 0.08  # of different pairs
+    assert abs(correlation(noise(0, 0)[0], noise(1, 0)[0])) < 0.08  # of different prompts
+    assert abs(correlation(noise(0, 0)[1:], noise(0, 1)[1:])) < 0.04  # every later step: fresh for each branch
+    assert noise(0, 0)[0].std().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(noise(0, 0), noise(0, 0)) and torch.equal(noise(0, 0)[1:], noise(0, 0, churn=0.0)[1:])
+
+
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
@@ -421,8 +553,9 @@ PROMPTS = [star.Prompt('a sign that says "CAT"'), star.Prompt('a wall that says 
 
 def roll(policy, settings, **changes):
     settings = dataclasses.replace(settings, **changes)
-    sigmas = policy.sigmas(settings.sampling_steps)
-    return star.sample_groups(policy, PROMPTS, 4, settings, (0, 1), sigmas, 0.7, blocks=settings.blocks)[:2], sigmas
+    sigmas, churn = policy.sigmas(settings.sampling_steps), 0.01 if settings.method == "fdfo" else 0.0
+    rolled = star.sample_groups(policy, PROMPTS, 4, settings, (0, 1), sigmas, 0.7, churn, blocks=settings.blocks)
+    return rolled[:2], sigmas
 
 
 def test_rollout_log_prob_has_the_expected_mean(tiny):
@@ -437,15 +570,17 @@ def test_rollout_log_prob_has_the_expected_mean(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("method", ["star", "flow-grpo"])
+@pytest.mark.parametrize("method", ["star", "flow-grpo", "fdfo"])
 def test_ratio_is_exactly_1_on_policy(tiny, dtype, guidance, method):
     policy, settings = tiny
     policy.transformer.to(dtype)
     settings = dataclasses.replace(settings, guidance=guidance, method=method)
+    settings = dataclasses.replace(settings, **{k: star.METHODS[method][k] for k in ("clip_range", "optimizer_steps")})
     (trajectories, _), sigmas = roll(policy, settings)
     for trajectory, sign in zip(trajectories, (1.0, -1.0)):
         trajectory.advantages = sign * torch.tensor([1.0, -1.0, 0.5, 0.0])
         trajectory.allocation = star.allocation_map(trajectory.attention, 1.0)
+        trajectory.direction = randn(4, 16, 12, 12)
     before = [p.detach().clone() for p in policy.transformer.parameters()]
     optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-3)
     stats = star.update(policy, None, optimizer, trajectories, sigmas, settings)
@@ -613,6 +748,12 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--attention-blocks 4", "--attention-blocks"),
         ("--attention-blocks middle", "--attention-blocks"),
         ("--method flow-grpo --allocation shuffled", "--allocation"),
+        ("--method fdfo --churn 0", "--churn must lie in (0, 1]"),
+        ("--method fdfo --churn -0.1", "--churn must lie in (0, 1]"),
+        ("--churn 0.01", "--churn belongs to --method fdfo"),
+        ("--method fdfo --group-size 3 --batch-size 8", "--group-size must be even"),
+        ("--method fdfo --kl 0.01", "--kl must be 0 with --method fdfo"),
+        ("--method fdfo --step-weights equal", "--step-weights must be none"),
         ("--learning-rate inf", "--learning-rate"),
         ("--t5-length 16", "--t5-length"),
         ("--resolution 512", "--resolution"),
