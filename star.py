@@ -749,29 +749,37 @@ class MasterAdamW:
 
     The model's own weights (bf16 or fp32) do the forward and backward; fp32 master weights, fp32 gradient accumulators
     and fp32 AdamW moments do the update, whose result is copied back. Each gradient is added to its accumulator and
-    freed as soon as backward has made it, so gradients never exist twice.
+    freed as soon as backward has made it, so gradients never exist twice. With only a few optimizer steps in an
+    iteration of hundreds of images, masters and moments may live in host memory (device "cpu"); accumulators do not.
     """
 
-    def __init__(self, parameters, learning_rate):
+    def __init__(self, parameters, learning_rate, device=None):
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.masters = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
+        self.gradients = [None] * len(self.parameters)  # fp32, where the parameters are
         self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=1e-4)  # Flow-GRPO's settings
-        for parameter, master in zip(self.parameters, self.masters):
+        for index, parameter in enumerate(self.parameters):
             parameter.grad = None  # nothing of an earlier training may leak into the first step
-            parameter.register_post_accumulate_grad_hook(functools.partial(self.accumulate, master))
+            parameter.register_post_accumulate_grad_hook(functools.partial(self.accumulate, index))
 
-    @staticmethod
-    def accumulate(master, parameter):
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
+    def accumulate(self, index, parameter):
+        gradient, parameter.grad = parameter.grad, None
+        if self.gradients[index] is None:
+            self.gradients[index] = gradient.float()
+        else:
+            self.gradients[index] += gradient
 
     @torch.no_grad()
     def step(self, max_norm=1.0):
         """Clip the accumulated gradient to max_norm, take one AdamW step, copy back. Returns the unclipped norm."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_norm))
+        present = [gradient for gradient in self.gradients if gradient is not None]
+        norm = float(torch.nn.utils.get_total_norm(present)) if present else 0.0
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite; lower --learning-rate")
+        for index, master in enumerate(self.masters):
+            gradient, self.gradients[index] = self.gradients[index], None
+            if gradient is not None:
+                master.grad = gradient.mul_(min(1.0, max_norm / (norm + 1e-6))).to(master.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for parameter, master in zip(self.parameters, self.masters):
