@@ -40,7 +40,7 @@ import textwrap
 import threading
 import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
+RANDOM = "RANDOM WEIGHTS, NOT A RESULT: "  # what --model random says on every line
 
 # ======================================================================================================================
 # Notation: these names, everywhere.
@@ -476,8 +477,9 @@ class Settings:
         "ocr", "what the reward measures: ocr, is the quoted text readable? (geneval, pickscore: prompts only so far)"
     )
     model: str | None = setting(
-        None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder; "
-        "default: stabilityai/stable-diffusion-3.5-medium with a CUDA device, else tiny"
+        None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder, or random (SD3.5 "
+        "Medium's architecture with random weights, to measure speed and memory); default: "
+        "stabilityai/stable-diffusion-3.5-medium with a CUDA device, else tiny"
     )  # fmt: skip
     method: str = setting(
         "star", "star (an advantage for every region), flow-grpo (one scalar for the whole image) or fdfo (paired "
@@ -512,6 +514,11 @@ class Settings:
     eval_steps: int | None = setting(None, "denoising steps of the deterministic sampler in evaluation")
     resolution: int | None = setting(None, "pixels a side")
     t5_length: int | None = setting(None, "text positions for T5 (Flow-GRPO: 128)")
+    gradient_checkpointing: str = setting(
+        "auto",
+        "on, off or auto (on where memory asks for it): a third more compute in the update, a tenth of its memory",
+    )
+    optimizer_device: str = setting("auto", "cuda, cpu (host memory) or auto: where master weights and moments live")
     dtype: str | None = setting(None, "bf16 or fp32: the weights of forward and backward; the optimizer's are fp32")
     train_prompts: str | None = setting(None, "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work")
     test_prompts: str | None = setting(None, "file, likewise; evaluated in order")
@@ -537,13 +544,27 @@ PRESETS = {
         resolution=48, t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt",
         test_prompts="prompts/tiny/test.txt",
     ),
-    "sd3": dict(  # Flow-GRPO's, but for the learning rate (theirs, 3e-4, is for LoRA) and the number of groups (48)
-        attention_blocks="9", step_weights="none", iterations=1000, prompts_per_iteration=8, group_size=24,
-        batch_size=2, learning_rate=1e-5, kl=0.04, guidance=4.5, sampling_steps=10, eval_every=50, eval_steps=40,
-        resolution=512, t5_length=128, dtype="bf16", train_prompts="prompts/{task}/train.txt",
+    "sd3": dict(
+        attention_blocks="9",  # Seg4Diff (arXiv 2509.18096): block 9 of 24 localises best in SD3 and SD3.5
+        step_weights="none",  # Flow-GRPO
+        iterations=1000,  # ours: stop when you like
+        prompts_per_iteration=16,  # ours: Flow-GRPO's 48 are for 24 GPUs
+        group_size=24,  # Flow-GRPO; 12 and 6 collapsed on PickScore
+        batch_size=2,  # ours: with guidance four sequences, 13 GB of activations (1.4 GB with checkpointing)
+        learning_rate=1e-5,  # full-parameter users of Flow-GRPO; its own 3e-4 is for LoRA; 5e-6 is safer
+        kl=0.04,  # Flow-GRPO, for ocr and geneval; pickscore see below
+        guidance=4.5,  # Flow-GRPO
+        sampling_steps=10,  # Flow-GRPO
+        eval_every=50,  # ours
+        eval_steps=40,  # Flow-GRPO
+        resolution=512,  # Flow-GRPO
+        t5_length=128,  # Flow-GRPO
+        dtype="bf16",  # ours: Flow-GRPO takes fp16 with LoRA
+        train_prompts="prompts/{task}/train.txt",
         test_prompts="prompts/{task}/test.txt",
     ),
 }  # fmt: skip
+PICKSCORE_KL = 0.01  # Flow-GRPO
 
 
 def preset_help():
@@ -559,6 +580,8 @@ CHOICES = {
     "method": ("star", "flow-grpo", "fdfo"),
     "allocation": ("attention", "uniform", "shuffled", "static"),
     "step_weights": ("none", "equal"),
+    "gradient_checkpointing": ("auto", "on", "off"),
+    "optimizer_device": ("auto", "cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
 }
 
@@ -832,11 +855,11 @@ class Policy:
         """embed(), with the text encoders on the device only while they encode."""
         for encoder in self.encoders:
             encoder.to(self.device)
-        text = self.embed(texts)
+        parts = [self.embed(texts[i : i + 64]) for i in range(0, len(texts), 64)]
         if self.device.type != "cpu":
             for encoder in self.encoders:
                 encoder.to("cpu")
-        return text
+        return tuple(torch.cat(part) for part in zip(*parts))
 
     @functools.cached_property
     def empty_prompt(self):
@@ -886,20 +909,155 @@ class Policy:
 
 
 def load_policy(settings, reward, device):
-    """SD3 / SD3.5 from the hub or a local folder, or the embedded tiny model."""
+    """SD3 / SD3.5 from the hub or a local folder, its architecture with random weights, or the embedded tiny model.
+    Resolves the settings that say "auto", before anything big is loaded."""
     if settings.model == "tiny":
+        settings.gradient_checkpointing = settings.gradient_checkpointing.replace("auto", "off")
+        settings.optimizer_device = "cpu"
         return tiny_policy(settings, reward, device)
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+        if settings.model == "random":
+            config = SD35_MEDIUM
+        else:
+            found = StableDiffusion3Pipeline.load_config(settings.model)["_class_name"]
+            if found != "StableDiffusion3Pipeline":
+                raise BadInput(f"--model {settings.model} holds a {found}; star.py trains StableDiffusion3Pipeline")
+            config = SD3Transformer2DModel.load_config(settings.model, subfolder="transformer")
+        plan_memory(settings, config, device)
+        if settings.model == "random":
+            policy = RandomPolicy(random_pipeline(settings, device), settings, device)
+        else:
+            pipe = StableDiffusion3Pipeline.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+            policy = Policy(pipe, settings, device)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"--model {settings.model}: {str(error).strip().splitlines()[0]} (SD3.5 is gated: accept its licence at "
             "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, then run `hf auth login`; "
             "--model tiny needs nothing)"
         ) from error
-    return Policy(pipe, settings, device), None
+    if settings.gradient_checkpointing == "on":
+        policy.transformer.enable_gradient_checkpointing()
+    return policy, None
+
+
+def plan_memory(settings, config, device):
+    """Settle --optimizer-device and --gradient-checkpointing by the memory there is; BadInput where nothing fits.
+
+    Bytes a parameter: 2 bf16 weight, 4 fp32 gradient, 12 fp32 master and moments, 2 bf16 KL reference. Activations of
+    SD3's blocks: 58 bytes x width x tokens a block, and 28 x width x image tokens more where it has a second attention,
+    counted from what autograd keeps of a bf16 forward (fp32: twice that); with checkpointing only each block's inputs
+    stay, and one block's activations. 4 GB for CUDA itself, decoding and the captured attention are a guess.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    image = (settings.resolution // 8 // config["patch_size"]) ** 2
+    tokens = image + 77 + settings.t5_length
+    blocks, duals = config["num_layers"], len(config.get("dual_attention_layers", ()))
+    unit = settings.batch_size * (2 if settings.guidance > 1 else 1) * width * (1 if settings.dtype == "bf16" else 2)
+    activations = {
+        "off": unit * (58 * tokens * blocks + 28 * image * duals),
+        "on": unit * (2 * tokens * blocks + 58 * tokens + 28 * image),
+    }
+    cuda = torch.device(device).type == "cuda"
+    host = math.inf if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    capacity = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else host
+
+    def need(optimizer, checkpointing):  # on the device that computes, in GB
+        weight = 2 if settings.dtype == "bf16" else 4
+        per_parameter = weight * (1 + (settings.kl > 0)) + 4 + 12 * (optimizer == "cuda" or not cuda)
+        return (parameters * per_parameter + activations[checkpointing] + 4e9 * cuda) / 1e9
+
+    options = [  # the fastest first
+        (optimizer, checkpointing)
+        for optimizer in (("cuda", "cpu") if cuda else ("cpu",))
+        for checkpointing in ("off", "on")
+        if settings.optimizer_device in ("auto", optimizer)
+        and settings.gradient_checkpointing in ("auto", checkpointing)
+    ]
+    if not options:
+        raise BadInput("--optimizer-device cuda: there is no CUDA device")
+    for optimizer, checkpointing in options:
+        in_host = 16 * parameters / 1e9 if cuda and optimizer == "cpu" else 0  # masters, moments, gradients passing by
+        if need(optimizer, checkpointing) <= capacity and in_host <= host:
+            settings.optimizer_device, settings.gradient_checkpointing = optimizer, checkpointing
+            if cuda:
+                print(
+                    f"about {need(optimizer, checkpointing):.0f} of {capacity:.0f} GB of GPU memory expected "
+                    f"(--optimizer-device {optimizer} --gradient-checkpointing {checkpointing})"
+                )
+            return
+    smaller = {
+        "--optimizer-device cpu": settings.optimizer_device == "cuda",
+        "--gradient-checkpointing on": settings.gradient_checkpointing == "off",
+        "--kl 0": settings.kl > 0,
+        "--batch-size 1": settings.batch_size > 1,
+        "--guidance 1": settings.guidance > 1,
+        "a smaller --resolution": settings.resolution > 256,
+    }
+    smaller = ", ".join(way for way, helps in smaller.items() if helps) or "a larger machine"
+    raise BadInput(
+        f"about {need(*options[-1]):.0f} GB of {'GPU ' * cuda}memory needed, {capacity:.0f} GB there "
+        f"(and {host:.0f} GB in the host); try {smaller}"
+    )
+
+
+# --- random weights: what a real model costs, where its weights cannot be had -----------------------------------------
+
+SD35_MEDIUM = dict(  # its transformer's published configuration: 2.243e9 parameters
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, num_attention_heads=24,
+    attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+)  # fmt: skip
+SD35_VAE = dict(
+    latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+
+
+def random_pipeline(settings, device):
+    import diffusers
+
+    torch.manual_seed(settings.seed)
+    with torch.device(device):  # made where it is used: no copy in host memory
+        transformer = diffusers.SD3Transformer2DModel(**SD35_MEDIUM).to(DTYPES[settings.dtype])
+        vae = diffusers.AutoencoderKL(**SD35_VAE).to(DTYPES[settings.dtype])
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+class RandomPolicy(Policy):
+    """No text encoders: features of the right shapes, a function of the text; any eight tokens are the core."""
+
+    def encode(self, texts):
+        config, length = self.transformer.config, 77 + self.settings.t5_length
+        generators = [sample_generator("text", text) for text in texts]
+        embeddings = torch.stack([torch.randn(length, config.joint_attention_dim, generator=g) for g in generators])
+        pooled = torch.stack([torch.randn(config.pooled_projection_dim, generator=g) for g in generators])
+        return tuple(t.to(self.device, self.transformer.dtype) for t in (embeddings, pooled))
+
+    def core_mask(self, prompts):
+        mask = torch.zeros(len(prompts), 77 + self.settings.t5_length, dtype=torch.bool, device=self.device)
+        mask[:, 4:12] = True
+        return mask
+
+
+class BrightnessReward:
+    """What stands for the reward where the images mean nothing: their mean, in [0, 1]."""
+
+    def submit(self, images, prompts):
+        pending = []
+        for image in images:
+            pending.append(Future())
+            pending[-1].set_result(image.float().mean().item() / 255)
+        return pending
 
 
 # --- the embedded model: a small SD3 that learns to write -------------------------------------------------------------
@@ -1407,7 +1565,7 @@ class RunFolder:
     """What a run leaves behind: config.json, metrics.jsonl, pictures, the trained transformer."""
 
     def __init__(self, path, settings, facts):
-        self.path = path
+        self.path, self.mark = path, RANDOM if settings.model == "random" else ""
         config = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
         write_aside(path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
         try:  # a luxury, never needed
@@ -1426,7 +1584,7 @@ class RunFolder:
                     self.tensorboard.add_scalar(name, value, metrics["iteration"])
 
     def save_samples(self, name, prompts, images, rewards):
-        captions = [f"{reward:.2f}  {prompt.text}" for prompt, reward in zip(prompts, rewards.tolist())]
+        captions = [f"{self.mark}{reward:.2f}  {prompt.text}" for prompt, reward in zip(prompts, rewards.tolist())]
         save_grid(self.path / f"{name}.png", images, captions)
 
 
@@ -1445,26 +1603,30 @@ def train(settings):
     device = "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
     train_prompts = load_prompts(settings.train_prompts, settings.task)
     test_prompts = load_prompts(settings.test_prompts, settings.task)
-    reward = OCRReward()
+    random_weights = settings.model == "random"
+    mark = RANDOM if random_weights else ""
+    reward = BrightnessReward() if random_weights else OCRReward()
     make_folder(Path(settings.out))
     policy, facts = load_policy(settings, reward, device)
     run = RunFolder(Path(settings.out), settings, facts)
     reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
-    optimizer = MasterAdamW(policy.transformer.parameters(), settings.learning_rate)
+    optimizer = MasterAdamW(
+        policy.transformer.parameters(), settings.learning_rate, "cpu" if settings.optimizer_device == "cpu" else None
+    )
 
     def judge(name, iteration):
         images, rewards = evaluate(policy, test_prompts, reward, settings)
         run.save_samples(f"test_{name}", test_prompts[:32], images[:32], rewards[:32])
         result = {"eval_reward": rewards.mean().item(), "eval_exact": (rewards == 1).float().mean().item()}
         tqdm.write(
-            f"iteration {iteration:4d}  test reward {result['eval_reward']:.3f}  exact {result['eval_exact']:.3f}"
+            f"{mark}iteration {iteration:4d}  test reward {result['eval_reward']:.3f}  exact {result['eval_exact']:.3f}"
         )
         return result
 
     save_strips(run.path / "maps_before.png", policy, test_prompts[:4], settings)
     before = after = judge("before", 0)
     run.log({"iteration": 0, **before})
-    bar = tqdm(range(1, settings.iterations + 1), desc=f"{settings.method} {settings.task}", unit="it")
+    bar = tqdm(range(1, settings.iterations + 1), desc=f"{mark}{settings.method} {settings.task}", unit="it")
     for iteration in bar:
         prompts = pick_prompts(train_prompts, settings, iteration - 1)
         metrics, images, rewards = train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration)
@@ -1474,12 +1636,12 @@ def train(settings):
             run.save_samples("train_latest", rows[:32], images[:32], rewards[:32])
             metrics |= after
             policy.transformer.save_pretrained(run.path / "transformer")
-        run.log(metrics)
+        run.log(metrics | ({"random_weights": True} if random_weights else {}))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
     save_strips(run.path / "maps_after.png", policy, test_prompts[:4], settings)
-    print(f"\n{len(test_prompts)} test prompts      before   after")
+    print(f"\n{mark}{len(test_prompts)} test prompts      before   after")
     for label, name in (("ocr reward", "eval_reward"), ("exact", "eval_exact")):
-        print(f"{label:18s}  {before[name]:7.3f} {after[name]:7.3f}")
+        print(f"{mark}{label:18s}  {before[name]:7.3f} {after[name]:7.3f}")
     print(f"\npictures, metrics and the trained transformer are in {run.path}")
 
 
@@ -1497,7 +1659,10 @@ def parse_settings(arguments=None):
         settings.model = SD35 if cuda else "tiny"
         if not cuda:
             print("note: no CUDA device, so this is the embedded tiny model (--model tiny); nothing is downloaded")
-    preset = PRESETS["tiny" if settings.model == "tiny" else "sd3"] | METHODS.get(settings.method, {})
+    preset = PRESETS["tiny" if settings.model == "tiny" else "sd3"]
+    if settings.task == "pickscore":
+        preset = preset | {"kl": PICKSCORE_KL}
+    preset = preset | METHODS.get(settings.method, {})
     for name, value in preset.items():
         if getattr(settings, name) is None:
             value = value.format(task=settings.task) if isinstance(value, str) else value
@@ -1581,6 +1746,14 @@ def main():
         sys.exit(2)
     except FloatingPointError as error:
         print(f"star.py: stopped: {error}; the last evaluated weights are in the run's folder", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"star.py: stopped: out of GPU memory ({str(error).splitlines()[0][:200]}); try --batch-size 1, "
+            "--gradient-checkpointing on, --optimizer-device cpu, --kl 0 or a smaller --resolution; "
+            "what the run had saved is still in its folder",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -817,7 +818,7 @@ def test_exit_status_and_unknown_flags():
 def test_every_setting_is_read():
     source = (ROOT / "star.py").read_text()
     fields = [field.name for field in dataclasses.fields(star.Settings)]
-    assert len(fields) <= 30
+    assert len(fields) <= 40
     for name in fields:
         assert re.search(rf"settings\.{name}\b", source), f"--{name} is never read"
 
@@ -953,6 +954,103 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
 
     saved = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--gradient-checkpointing on --kl 0 --guidance 1 --dtype fp32",
+        "--gradient-checkpointing on --optimizer-device cpu",
+        "--method fdfo --guidance 3 --gradient-checkpointing on",
+    ],
+)
+def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_path, monkeypatch, capsys, arguments):
+    """--model random at a small size: checkpointing, host optimizer, KL on and off, guidance on and off."""
+    monkeypatch.setattr(star, "SD35_MEDIUM", star.SD35_MEDIUM | dict(
+        num_layers=10, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16,
+        pooled_projection_dim=16, sample_size=8, pos_embed_max_size=8, dual_attention_layers=(0,),
+    ))  # fmt: skip
+    monkeypatch.setattr(star, "SD35_VAE", star.SD35_VAE | dict(block_out_channels=(8,) * 4, norm_num_groups=4))
+    star.train(star.parse_settings([
+        *"--model random --iterations 1 --prompts-per-iteration 2 --group-size 4 --batch-size 4".split(),
+        *f"--resolution 64 --t5-length 16 --sampling-steps 4 --eval-steps 2 --out {tmp_path}/run".split(),
+        *f"--test-prompts {ROOT}/prompts/tiny/test.txt".split(), *arguments.split(),
+    ]))  # fmt: skip
+    printed = capsys.readouterr()
+    results = [line for line in printed.out.splitlines() if "reward" in line or "exact" in line or "before" in line]
+    assert len(results) >= 5 and all(star.RANDOM in line for line in results) and star.RANDOM in printed.err
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["random_weights"] and line["ratio_deviation"] == 0 and line["gradient_norm"] > 0
+
+
+def test_checkpointing_and_the_host_optimizer_change_nothing(tiny):
+    """The same update, bit for bit."""
+    policy, settings = tiny
+    start, after = policy.transformer, []
+    for checkpointing in (False, True):
+        policy.transformer = copy.deepcopy(start)
+        if checkpointing:
+            policy.transformer.enable_gradient_checkpointing()
+        (trajectories, _), sigmas = roll(policy, settings)
+        for trajectory in trajectories:
+            trajectory.advantages = torch.tensor([1.0, -1.0, 0.5, 0.0])
+            trajectory.allocation = star.allocation_map(trajectory.attention, 1.0)
+        optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-3, "cpu" if checkpointing else None)
+        assert star.update(policy, None, optimizer, trajectories, sigmas, settings)["ratio_deviation"] == 0
+        after.append(policy.transformer.state_dict())
+    assert all(torch.equal(value, after[1][name]) for name, value in after[0].items())
+    assert any(not torch.equal(value, start.state_dict()[name]) for name, value in after[0].items())
+
+
+@pytest.mark.parametrize(
+    "capacity, arguments, expected",
+    [
+        (141, "", ("cuda", "off")),
+        (80, "", ("cuda", "off")),
+        (60, "", ("cuda", "on")),
+        (25, "", ("cpu", "on")),
+        (80, "--optimizer-device cpu --gradient-checkpointing on", ("cpu", "on")),
+        (16, "", "--kl 0, --batch-size 1, --guidance 1"),
+        (25, "--optimizer-device cuda", "--optimizer-device cpu"),
+    ],
+)
+def test_memory_is_planned_before_anything_is_loaded(monkeypatch, capacity, arguments, expected):
+    monkeypatch.setattr(star.os, "sysconf", lambda name: 128e9 if name == "SC_PHYS_PAGES" else 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=capacity * 1e9))
+    settings = star.parse_settings(["--model", "random", *arguments.split()])
+    if isinstance(expected, tuple):
+        star.plan_memory(settings, star.SD35_MEDIUM, "cuda")
+        assert (settings.optimizer_device, settings.gradient_checkpointing) == expected
+    else:
+        with pytest.raises(star.BadInput, match="GB of GPU memory needed.*" + expected):
+            star.plan_memory(settings, star.SD35_MEDIUM, "cuda")
+
+
+def test_sd35_mediums_architecture_has_the_published_size():
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**star.SD35_MEDIUM)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(2.243e9, rel=1e-3)
+
+
+def test_a_folder_of_another_model_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    for folder, message in ((tmp_path, "holds a FluxPipeline"), (tmp_path / "empty", "empty")):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(star.BadInput, match=message):
+            star.train(star.parse_settings(["--model", str(folder), "--out", str(tmp_path / "run")]))
+
+
+def test_running_out_of_gpu_memory_ends_with_what_to_change(monkeypatch, capsys):
+    def exhausted(settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(star, "train", exhausted)
+    monkeypatch.setattr(sys, "argv", ["star.py", "--model", "tiny"])
+    with pytest.raises(SystemExit) as stop:
+        star.main()
+    assert stop.value.code == 1 and "--gradient-checkpointing on" in capsys.readouterr().err
 
 
 # --- the cost of STAR, measured: python test_star.py ------------------------------------------------------------------
