@@ -1047,7 +1047,7 @@ def load_prompts(path, task):
         if not line.strip():
             continue
         try:
-            metadata = json.loads(line) if task == "geneval" else None
+            metadata = check_geneval(json.loads(line)) if task == "geneval" else None
             prompts.append(Prompt(metadata["prompt"] if metadata else line.strip(), metadata))
             core_spans(prompts[-1].text, task, metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1055,6 +1055,54 @@ def load_prompts(path, task):
     if not prompts:
         raise BadInput(f"prompt file {path} holds no prompts")
     return prompts
+
+
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
+GENEVAL_CLASSES = (  # GenEval's names of COCO's 80 classes, in COCO's order
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+DETECTOR_NAMES = {  # what detectors call a class, where GenEval calls it otherwise (the last six: COCO's older names)
+    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "motorbike": "motorcycle",
+    "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
+    "tvmonitor": "tv",
+}  # fmt: skip
+
+
+def check_geneval(metadata):
+    """GenEval's metadata of one prompt, as it is, or a ValueError that says what is wrong with it."""
+
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    known = lambda name, value, choices: need(value in choices, f"unknown {name} {value!r}: not one of GenEval's")
+    need(
+        isinstance(metadata, dict) and isinstance(metadata.get("prompt"), str), "a JSON object with `prompt` is needed"
+    )
+    need(metadata.get("include"), "a geneval prompt needs its metadata, with `include`")
+    known("tag", metadata.get("tag"), GENEVAL_TAGS)
+    for part in ("include", "exclude"):
+        clauses = metadata.get(part, [])
+        need(isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses), f"`{part}` is a list of objects")
+        for index, clause in enumerate(clauses):
+            strange = clause.keys() - {"class", "count", "color", "position"}
+            need(not strange, f"unknown key {min(strange, default='')!r} in `{part}`")
+            known("class", clause.get("class"), GENEVAL_CLASSES)
+            need(type(clause.get("count")) is int and clause["count"] >= 1, "`count` is a number, at least 1")
+            known("color", clause.get("color", "red"), GENEVAL_COLOURS)
+            if "position" in clause:
+                place = clause["position"]
+                need(isinstance(place, list) and len(place) == 2, "`position` is [relation, index of a clause]")
+                known("relation", place[0], GENEVAL_RELATIONS)
+                need(place[1] in range(index), "`position` names an earlier clause by its index")
+    return metadata
 
 
 def normalise_text(text):

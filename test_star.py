@@ -589,6 +589,37 @@ def test_prompt_files_are_what_their_generator_writes():
         (b'a ""\n', "ocr", "line 1.*double quotes"),
         (b'{"prompt": "a dog"}\n', "geneval", "line 1.*metadata"),
         (b"a dog\n", "geneval", "line 1"),
+        (b"[1]\n", "geneval", "line 1.*a JSON object"),
+        *(
+            (
+                json.dumps(
+                    {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]} | bad
+                ).encode(),
+                "geneval",
+                f"line 1: .*{message}",
+            )
+            for bad, message in [
+                ({"tag": "colours"}, "unknown tag 'colours'"),
+                ({"tag": None}, "unknown tag None"),
+                ({"include": "dog"}, "`include` is a list of objects"),
+                ({"include": [1]}, "`include` is a list of objects"),
+                ({"include": [{"class": "remote", "count": 1}]}, "unknown class 'remote'"),
+                ({"include": [{"class": "dog"}]}, "`count`"),
+                ({"include": [{"class": "dog", "count": 0}]}, "`count`"),
+                ({"include": [{"class": "dog", "count": 1, "colour": "red"}]}, "unknown key 'colour'"),
+                ({"include": [{"class": "dog", "count": 1, "color": "grey"}]}, "unknown color 'grey'"),
+                ({"include": [{"class": "dog", "count": 1, "position": ["above", 0]}]}, "earlier clause"),
+                (
+                    {
+                        "include": [{"class": "dog", "count": 1}] * 2
+                        + [{"class": "cat", "count": 1, "position": ["near", 0]}]
+                    },
+                    "unknown relation 'near'",
+                ),
+                ({"include": [{"class": "dog", "count": 1, "position": "above"}]}, "`position` is"),
+                ({"exclude": [{"class": "wolf", "count": 1}]}, "unknown class 'wolf'"),
+            ]
+        ),
     ],
 )
 def test_bad_prompt_files(tmp_path, content, task, message):
