@@ -503,18 +503,19 @@ def sample_generator(*key):
 
 
 @torch.no_grad()
-def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, blocks=()):
+def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, blocks=(), keep=True):
     """Sample one microbatch from pure noise to images in latent space.
 
-    noise [B, T + 1, C, H, W]: the start, then each step's; noise_level 0 is the deterministic sampler of evaluation;
-    blocks: where to capture attention, none for no capture. Returns (latents, log_prob or None, attention or None).
+    noise [B, T + 1, C, H, W]: the start, then each step's; noise_level 0 is the deterministic sampler of evaluation,
+    for which the start is enough; blocks: where to capture attention, none for no capture; keep=False: only the final
+    latents. Returns (latents, log_prob or None, attention or None).
     """
     latents, log_probs, attention = [noise[:, 0]], [], []
     with capture_attention(transformer, core_mask, blocks) as captured:
         for i in range(len(sigmas) - 1):
-            velocity = predict_velocity(transformer, latents[i], sigmas[i], text, guidance)
-            mean, std = sde_mean_std(latents[i], velocity, sigmas[i], sigmas[i + 1], sigmas[1], noise_level)
-            latents.append(mean + std * noise[:, i + 1])
+            velocity = predict_velocity(transformer, latents[-1], sigmas[i], text, guidance)
+            mean, std = sde_mean_std(latents[-1], velocity, sigmas[i], sigmas[i + 1], sigmas[1], noise_level)
+            latents = (latents if keep else []) + [mean + std * noise[:, i + 1] if std > 0 else mean]
             if std > 0:
                 log_probs.append(token_log_prob(latents[-1], mean, std, transformer.config.patch_size))
             if blocks:
@@ -523,29 +524,32 @@ def rollout(transformer, text, core_mask, noise, sigmas, noise_level, guidance, 
     return torch.stack(latents), *(torch.stack(steps) if steps else None for steps in (log_probs, attention))
 
 
-def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, reward=None, blocks=()):
+def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, reward=None, blocks=(), keep=True):
     """Roll out `copies` images of every prompt; rewards are computed in other threads (on a GPU, while it samples on).
 
     prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
+    keep=False: no trajectories, only images, as evaluation wants it.
     Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together.
     """
     embeddings, pooled = policy.encode([prompt.text for prompt in prompts])  # [K, ...]: every prompt once
     empty = policy.empty_prompt if settings.guidance > 1 else None
     masks = policy.core_mask(prompts)
     trajectories, images, jobs, pending = [], [], [], []
+    draws = len(sigmas) if noise_level > 0 else 1  # the start, and the noise of every step where steps are noisy
     for rows in torch.arange(len(prompts) * copies).split(settings.batch_size):
         slots = rows // copies
         generators = [sample_generator(*key, int(row) // copies, int(row) % copies) for row in rows]
-        noise = torch.stack([torch.randn(len(sigmas), *policy.latent_shape, generator=g) for g in generators]).to(
+        noise = torch.stack([torch.randn(draws, *policy.latent_shape, generator=g) for g in generators]).to(
             policy.device
         )
         text = (embeddings[slots], pooled[slots])
         if empty is not None:
             text = tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
         latents, log_prob, attention = rollout(
-            policy.transformer, text, masks[slots], noise, sigmas, noise_level, settings.guidance, blocks
+            policy.transformer, text, masks[slots], noise, sigmas, noise_level, settings.guidance, blocks, keep
         )
-        trajectories.append(Trajectory(text, latents, log_prob, attention, generators))
+        if keep:
+            trajectories.append(Trajectory(text, latents, log_prob, attention, generators))
         images.append(policy.decode(latents[-1]))
         jobs.append((images[-1], [prompts[slot] for slot in slots]))
         if reward is not None and policy.device.type != "cpu":  # the GPU samples on while the CPU reads
