@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -386,12 +387,20 @@ def setting(default, help):
 @dataclass
 class Settings:
     task: str = setting(
-        "ocr", "what the reward measures: ocr, is the quoted text readable? (geneval, pickscore: prompts only so far)"
-    )
+        "ocr", "what the reward measures: ocr, is the quoted text readable? geneval, are the objects there, in number, "
+        "colour and place? pickscore, would people like it? (the last two: SD3 / SD3.5 only)"
+    )  # fmt: skip
     model: str | None = setting(
         None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder; "
         "default: stabilityai/stable-diffusion-3.5-medium with a CUDA device, else tiny"
     )  # fmt: skip
+    reward_model: str | None = setting(
+        None, "a local copy of the reward's weights. geneval: a folder with detector/ (Mask2Former) and clip/ in it; "
+        "pickscore: a folder or hub id with model and processor; ocr needs none. Default: from the hub"
+    )  # fmt: skip
+    evaluate: str | None = setting(
+        None, "do not train: score this saved model (a run's folder, or its transformer/) on the test prompts"
+    )
     method: str = setting("star", "star (an advantage for every region) or flow-grpo (one scalar for the whole image)")
     allocation: str = setting(
         "attention", "star's maps: attention; or a control: uniform (all 1), shuffled (over space), static (over steps)"
@@ -439,8 +448,8 @@ PRESETS = {
     "sd3": dict(  # Flow-GRPO's, but for the learning rate (theirs, 3e-4, is for LoRA) and the number of groups (48)
         attention_blocks="9", step_weights="none", iterations=1000, prompts_per_iteration=8, group_size=24,
         batch_size=2, learning_rate=1e-5, kl=0.04, guidance=4.5, sampling_steps=10, eval_every=50, eval_steps=40,
-        resolution=512, t5_length=128, dtype="bf16", train_prompts="prompts/{task}/train.txt",
-        test_prompts="prompts/{task}/test.txt",
+        resolution=512, t5_length=128, dtype="bf16", train_prompts="prompts/{task}/train.{suffix}",
+        test_prompts="prompts/{task}/test.{suffix}",
     ),
 }  # fmt: skip
 
@@ -759,6 +768,38 @@ def load_policy(settings, reward, device):
     return Policy(pipe, settings, device), None
 
 
+def saved_transformer(path):
+    """The folder of --evaluate's SD3 transformer: `path` itself, or transformer/ within a run. BadInput otherwise."""
+    folder = Path(path)
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    if not folder.is_dir():
+        raise BadInput(f"--evaluate {path}: no such folder")
+    config = folder / "config.json"
+    found = (read_json(config) if config.is_file() else {}).get("_class_name", "no model")
+    if found != "SD3Transformer2DModel":
+        raise BadInput(f"--evaluate {path}: wanted a saved SD3Transformer2DModel, found {found}")
+    return folder
+
+
+def restore_transformer(transformer, path):
+    """Give the transformer the weights that --evaluate names; BadInput unless they are just its own, in name and shape.
+    safetensors only: nothing is unpickled."""
+    state = {}
+    try:
+        for file in sorted(saved_transformer(path).glob("*.safetensors")):
+            state |= load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"--evaluate {path}: {file.name} is damaged ({error})") from error
+    own = transformer.state_dict()
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise BadInput(
+            f"--evaluate {path}: does not fit --model; {len(wrong)} weights are missing, too many or of another shape, "
+            f"such as {min(wrong)}"
+        )
+    transformer.load_state_dict(state)
+
+
 # --- the embedded model: a small SD3 that learns to write -------------------------------------------------------------
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -1011,9 +1052,10 @@ def cast(policy, settings):
 def read_json(path):
     """The object in a JSON file, or an empty one if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError:
-        return {}
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_folder(path):
@@ -1169,6 +1211,206 @@ class OCRReward:
         return [self.pool.submit(self.score, image, prompt) for image, prompt in zip(images, prompts)]
 
 
+def confident(detections, tag):
+    """What GenEval counts as there: score above 0.3 (counting: 0.9), the 16 surest of a class, surest first.
+
+    detections: {class: [(box, score, ...), ...]}, box = (left, top, right, bottom) in pixels. Returns the same, fewer.
+    """
+    threshold = 0.9 if tag == "counting" else 0.3
+    surest = lambda found: sorted(found, key=lambda one: -one[1])[:16]
+    return {name: surest([one for one in found if one[1] > threshold]) for name, found in detections.items()}
+
+
+def relations(box, other):
+    """The words that hold for a box relative to another, by GenEval's rule: along that axis the centres lie apart by
+    more than half their distance, after a tenth of both boxes' extents is taken off."""
+    x, y = ((box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1))  # y points down
+    slack_x, slack_y = (0.1 * (box[i + 2] - box[i] + other[i + 2] - other[i]) for i in (0, 1))
+    shifts = (-x - slack_x, x - slack_x, -y - slack_y, y - slack_y)
+    return {word for word, shift in zip(GENEVAL_RELATIONS, shifts) if shift > math.hypot(x, y) / 2}
+
+
+def all_placed(relation, objects, others):
+    """Does the relation hold between each of the objects and each of the others? Not if there are none."""
+    return bool(objects and others) and all(relation in relations(a[0], b[0]) for a in objects for b in others)
+
+
+def geneval_reward(metadata, detections):
+    """The training reward in [0, 1]: the mean over `include` of 1 - |wanted - found| / wanted, at least 0 each.
+
+    A clause with a colour finds the objects of that colour only; where a clause's relation does not hold between the
+    surest objects of the two classes, it scores 0. (Flow-GRPO's neither stops at 0 nor gives 0 for a wrong place.)
+    metadata: the prompt's line; detections: {class: [(box, score, colour or None), ...]}.
+    """
+    found, scores = confident(detections, metadata["tag"]), []
+    for clause in metadata["include"]:
+        objects, wanted = found.get(clause["class"], []), clause["count"]
+        if "color" in clause:
+            objects = [one for one in objects if one[2] == clause["color"]]
+        score = max(0.0, 1 - abs(wanted - len(objects)) / wanted)
+        if "position" in clause:
+            relation, index = clause["position"]
+            target = metadata["include"][index]
+            others = found.get(target["class"], [])[: target["count"]]
+            score *= all_placed(relation, objects[:wanted], others)
+        scores.append(score)
+    return sum(scores) / len(scores)
+
+
+def geneval_correct(metadata, detections):
+    """The benchmark's verdict (GenEval, arXiv 2310.11513): at least as many objects as wanted, and the surest of them
+    of the right colour and in the right place; and none of `exclude` in the number given there. Arguments as above."""
+    found, groups = confident(detections, metadata["tag"]), []  # groups: a clause's objects if they satisfy it
+    for clause in metadata["include"]:
+        objects = found.get(clause["class"], [])[: clause["count"]]
+        right = len(objects) == clause["count"]
+        if "color" in clause:
+            right = right and all(one[2] == clause["color"] for one in objects)
+        if "position" in clause:
+            relation, index = clause["position"]
+            right = right and all_placed(relation, objects, groups[index])
+        groups.append(objects if right else [])
+    return all(groups) and all(len(found.get(c["class"], [])) < c["count"] for c in metadata.get("exclude", ()))
+
+
+PICKSCORE_SCALE = 26  # Flow-GRPO's training reward is PickScore / 26
+
+
+def pick_score(image, text, logit_scale):
+    """PickScore (arXiv 2305.01569): exp(logit_scale) cos(image, text). image, text [B, D] embeddings. Returns [B]."""
+    return logit_scale.exp() * F.cosine_similarity(image, text)
+
+
+def load_reward_model(model_class, processor_class, hub, folder, device, processor_hub=None):
+    """(model, processor) in fp32 through transformers' loaders, from the hub or from a local folder if one is given.
+    safetensors only, and no code from the hub is run. BadInput, in one line, for whatever stands in the way."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        model, info = getattr(transformers, model_class).from_pretrained(
+            folder or hub, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
+        if missing:  # transformers would go on with random numbers in their place
+            raise ValueError(f"it is no {model_class}: {len(missing)} weights are missing")
+        processor = getattr(transformers, processor_class).from_pretrained(folder or processor_hub or hub)
+    except Exception as error:  # whatever a loader says of what is not there, not whole or not what it should be
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        wanted = " and the processor of ".join(filter(None, (hub, processor_hub)))
+        raise BadInput(
+            f"the reward model {folder or hub} cannot be loaded: {reason} (wanted: {wanted}; `hf download` fetches "
+            "them, and --reward-model takes a local copy)"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+class ModelReward:
+    """A reward that neural networks compute, a batch at a time, in a thread beside the sampler's."""
+
+    def __init__(self, folder, device):
+        self.folder, self.device, self.pool = folder, device, ThreadPoolExecutor(1)
+        self.load()
+
+    def submit(self, images, prompts):
+        """One future of a score for every image [B, 3, h, w] uint8, in order."""
+        batch = self.pool.submit(self.scores, images, prompts)
+        return [self.pool.submit(lambda i=i: batch.result()[i]) for i in range(len(images))]  # the thread keeps order
+
+
+DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # px, the benchmark's; transformers' processor has 384
+
+
+class GenEvalScore(float):
+    """The training reward of an image, which also knows whether the benchmark calls the image `correct`."""
+
+
+class GenEvalReward(ModelReward):
+    """Objects, their number, colour and place, as GenEval sees them: Mask2Former finds them, CLIP names their colour.
+    The networks are the benchmark's; here they are transformers' copies, not mmdet's and open_clip's."""
+
+    def load(self):
+        self.detector, self.prepare = load_reward_model(
+            "Mask2FormerForUniversalSegmentation", "AutoImageProcessor",
+            "facebook/mask2former-swin-small-coco-instance", self.folder and f"{self.folder}/detector", self.device,
+        )  # fmt: skip
+        self.clip, self.processor = load_reward_model(
+            "CLIPModel", "CLIPProcessor", "openai/clip-vit-large-patch14", self.folder and f"{self.folder}/clip",
+            self.device,
+        )  # fmt: skip
+        self.names = {i: DETECTOR_NAMES.get(name, name) for i, name in self.detector.config.id2label.items()}
+        unknown = set(GENEVAL_CLASSES) - set(self.names.values())
+        if unknown:
+            raise BadInput(f"--reward-model {self.folder}: its detector does not know the class {min(unknown)!r}")
+
+    @torch.no_grad()
+    def scores(self, images, prompts):
+        inputs = self.prepare(images=list(images), size=DETECTOR_SIZE, return_tensors="pt").to(self.detector.device)
+        results = self.prepare.post_process_instance_segmentation(
+            self.detector(**inputs), threshold=0.3, target_sizes=[images.shape[-2:]] * len(images),
+            return_binary_maps=True,
+        )  # fmt: skip
+        scores = []
+        for image, prompt, result in zip(images, prompts, results):
+            masks = {}  # class: [(box, score, mask [h, w] bool)]
+            for segment, mask in zip(result["segments_info"], result["segmentation"]):
+                mask = mask.bool().cpu()
+                rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+                box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+                masks.setdefault(self.names[segment["label_id"]], []).append((box, segment["score"], mask))
+            painted = {clause["class"] for clause in prompt.metadata["include"] if "color" in clause}
+            detections = {}
+            for name, found in confident(masks, prompt.metadata["tag"]).items():
+                colours = self.colours(image, name, found) if found and name in painted else [None] * len(found)
+                detections[name] = [(box, sure, colour) for (box, sure, _), colour in zip(found, colours)]
+            scores.append(GenEvalScore(geneval_reward(prompt.metadata, detections)))
+            scores[-1].correct = geneval_correct(prompt.metadata, detections)
+        return scores
+
+    def colours(self, image, name, found):
+        """The colour of each object [(box, score, mask)], by CLIP from its crop, with #999 for all that is not it."""
+        crops = []
+        for (left, top, right, bottom), _, mask in found:
+            alone = torch.where(mask, image, 0x99)[:, top:bottom, left:right]
+            crops.append(Image.fromarray(alone.permute(1, 2, 0).numpy()))
+        phrases = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object")
+        texts = [phrase.format(colour) for colour in GENEVAL_COLOURS for phrase in phrases]
+        output = clip_output(self.clip, self.processor, crops, texts)
+        classifier = output.text_embeds.unflatten(0, (len(GENEVAL_COLOURS), -1)).mean(1)  # over phrases
+        similarity = output.image_embeds @ F.normalize(classifier, dim=-1).T  # [objects, colours]
+        return [GENEVAL_COLOURS[i] for i in similarity.argmax(1)]
+
+
+class PickScoreReward(ModelReward):
+    """PickScore / 26, as Flow-GRPO trains on it."""
+
+    def load(self):
+        self.clip, self.processor = load_reward_model(
+            "CLIPModel", "CLIPProcessor", "yuvalkirstain/PickScore_v1", self.folder, self.device,
+            processor_hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def scores(self, images, prompts):
+        output = clip_output(self.clip, self.processor, list(images), [prompt.text for prompt in prompts])
+        return (pick_score(output.image_embeds, output.text_embeds, self.clip.logit_scale) / PICKSCORE_SCALE).tolist()
+
+
+def clip_output(clip, processor, images, texts):
+    length = clip.config.text_config.max_position_embeddings
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+    return clip(**inputs.to(clip.device))
+
+
+def make_reward(settings, device):
+    """The task's reward: .submit(images [B, 3, h, w] uint8, prompts) -> one future of a number an image, in order."""
+    if settings.task == "geneval":
+        return GenEvalReward(settings.reward_model, device)
+    if settings.task == "pickscore":
+        return PickScoreReward(settings.reward_model, device)
+    return OCRReward()
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -1189,6 +1431,11 @@ def save_grid(path, images, captions, columns=8, side=144):
         lines = textwrap.wrap(caption, 22, max_lines=3, placeholder="...")
         draw.text((x, y + side + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     sheet.save(path)
+
+
+def save_records(path, images, records, most=32):
+    """A grid of evaluation's first images, each under its reward and prompt."""
+    save_grid(path, images[:most], [f"{record['reward']:.2f}  {record['prompt']}" for record in records])
 
 
 def heat(image, allocation, side):
@@ -1229,14 +1476,50 @@ EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' 
 
 
 def evaluate(policy, prompts, reward, settings):
-    """One image a prompt with the deterministic sampler and fixed seeds: (images [K, 3, h, w] uint8, rewards [K])."""
+    """Images of the test prompts, one each, four for geneval: deterministic sampler, fixed seeds.
+
+    Returns (images [B, 3, h, w] uint8, rewards [B], records: a dict an image, for report and evaluation.json).
+    """
+    copies = 4 if settings.task == "geneval" else 1  # as the benchmark does
     sigmas = policy.sigmas(settings.eval_steps)
-    _, images, pending = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, reward)
-    return images, gather_rewards(pending)
+    _, images, pending = sample_groups(policy, prompts, copies, settings, EVALUATION, sigmas, 0.0, reward, keep=False)
+    rewards, records = gather_rewards(pending, len(images)), []
+    for row, future in enumerate(pending):
+        prompt = prompts[row // copies]
+        records.append({"prompt": prompt.text, "reward": rewards[row].item()})
+        if settings.task == "geneval":
+            records[-1] |= {"tag": prompt.metadata["tag"], "correct": future.result().correct}
+    return images, rewards, records
 
 
-def gather_rewards(pending):
-    """Wait for the reward futures: [B], one finite number an image, or an error that says which is not."""
+def report(task, records):
+    """What an evaluation's records say, as columns of metrics.jsonl. eval_score is the number papers print."""
+    mean = lambda values: sum(values) / len(values)
+    numbers = {"eval_reward": mean([record["reward"] for record in records])}
+    if task == "ocr":
+        numbers["eval_exact"] = mean([record["reward"] == 1 for record in records])
+    if task == "pickscore":
+        numbers["eval_score"] = numbers["eval_reward"] * PICKSCORE_SCALE
+    if task == "geneval":
+        tags = [tag for tag in GENEVAL_TAGS if any(record["tag"] == tag for record in records)]
+        accuracy = {tag: mean([record["correct"] for record in records if record["tag"] == tag]) for tag in tags}
+        numbers["eval_score"] = mean(accuracy.values())  # over tags, not over images: the benchmark's overall score
+        numbers |= {f"eval_{tag}": share for tag, share in accuracy.items()}
+    return numbers
+
+
+def print_table(task, prompts, columns):
+    """columns: {heading: report}, such as before and after."""
+    print(f"\n{f'{len(prompts)} test prompts':18s}  " + " ".join(f"{heading:>7s}" for heading in columns))
+    for name in next(iter(columns.values())):
+        label = f"{task} reward" if name == "eval_reward" else name.removeprefix("eval_")
+        print(f"{label:18s}  " + " ".join(f"{numbers[name]:7.3f}" for numbers in columns.values()))
+
+
+def gather_rewards(pending, count):
+    """Wait for the reward futures: [count], one finite number an image, or an error that says which is not."""
+    if len(pending) != count:
+        raise BadInput(f"the reward gave {len(pending)} numbers for {count} images")
     rewards = torch.tensor([float(future.result()) for future in pending])
     if not torch.isfinite(rewards).all():
         raise FloatingPointError(f"the reward of image {int((~torch.isfinite(rewards)).nonzero()[0])} is not finite")
@@ -1266,7 +1549,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     )  # fmt: skip
     clock.append(time.perf_counter())
     # 2. Reward the final images.
-    rewards = gather_rewards(pending)
+    rewards = gather_rewards(pending, len(images))
     clock.append(time.perf_counter())
     # 3. Compare each image with its group.
     advantages = group_advantages(rewards, settings.group_size).to(policy.device).split(settings.batch_size)
@@ -1323,8 +1606,8 @@ class RunFolder:
                     self.tensorboard.add_scalar(name, value, metrics["iteration"])
 
     def save_samples(self, name, prompts, images, rewards):
-        captions = [f"{reward:.2f}  {prompt.text}" for prompt, reward in zip(prompts, rewards.tolist())]
-        save_grid(self.path / f"{name}.png", images, captions)
+        records = [{"prompt": prompt.text, "reward": r} for prompt, r in zip(prompts, rewards.tolist())]
+        save_records(self.path / f"{name}.png", images, records)
 
 
 def versions():
@@ -1337,12 +1620,16 @@ def versions():
     return found
 
 
+def choose_device(settings):
+    return "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
+
+
 def train(settings):
     """The whole run, from two prompt files to a trained model and a table of what it gained."""
-    device = "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
+    device = choose_device(settings)
     train_prompts = load_prompts(settings.train_prompts, settings.task)
     test_prompts = load_prompts(settings.test_prompts, settings.task)
-    reward = OCRReward()
+    reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     make_folder(Path(settings.out))
     policy, facts = load_policy(settings, reward, device)
     run = RunFolder(Path(settings.out), settings, facts)
@@ -1350,12 +1637,11 @@ def train(settings):
     optimizer = MasterAdamW(policy.transformer.parameters(), settings.learning_rate)
 
     def judge(name, iteration):
-        images, rewards = evaluate(policy, test_prompts, reward, settings)
-        run.save_samples(f"test_{name}", test_prompts[:32], images[:32], rewards[:32])
-        result = {"eval_reward": rewards.mean().item(), "eval_exact": (rewards == 1).float().mean().item()}
-        tqdm.write(
-            f"iteration {iteration:4d}  test reward {result['eval_reward']:.3f}  exact {result['eval_exact']:.3f}"
-        )
+        images, _, records = evaluate(policy, test_prompts, reward, settings)
+        save_records(run.path / f"test_{name}.png", images, records)
+        result = report(settings.task, records)
+        numbers = "  ".join(f"{column.removeprefix('eval_')} {value:.3f}" for column, value in result.items())
+        tqdm.write(f"iteration {iteration:4d}  test {numbers}")
         return result
 
     save_strips(run.path / "maps_before.png", policy, test_prompts[:4], settings)
@@ -1374,10 +1660,27 @@ def train(settings):
         run.log(metrics)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
     save_strips(run.path / "maps_after.png", policy, test_prompts[:4], settings)
-    print(f"\n{len(test_prompts)} test prompts      before   after")
-    for label, name in (("ocr reward", "eval_reward"), ("exact", "eval_exact")):
-        print(f"{label:18s}  {before[name]:7.3f} {after[name]:7.3f}")
+    print_table(settings.task, test_prompts, {"before": before, "after": after})
     print(f"\npictures, metrics and the trained transformer are in {run.path}")
+
+
+def evaluate_saved(settings):
+    """--evaluate: a saved transformer in its model's pipeline, scored as training scores it, without training."""
+    device = choose_device(settings)
+    prompts = load_prompts(settings.test_prompts, settings.task)
+    reward = make_reward(settings, device)
+    out = Path(settings.out)
+    make_folder(out)
+    policy, facts = load_policy(settings, reward, device)
+    restore_transformer(policy.transformer, settings.evaluate)
+    images, _, records = evaluate(policy, prompts, reward, settings)
+    numbers = report(settings.task, records)
+    facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+    result = json.dumps({"result": numbers, **facts, "images": records}, indent=1)
+    write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
+    save_records(out / "evaluation.png", images, records)
+    print_table(settings.task, prompts, {"score": numbers})
+    print(f"\nevery image's reward and a picture of the first ones are in {out}")
 
 
 def parse_settings(arguments=None):
@@ -1396,11 +1699,13 @@ def parse_settings(arguments=None):
             print("note: no CUDA device, so this is the embedded tiny model (--model tiny); nothing is downloaded")
     for name, value in PRESETS["tiny" if settings.model == "tiny" else "sd3"].items():
         if getattr(settings, name) is None:
-            value = value.format(task=settings.task) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = value.format(task=settings.task, suffix="jsonl" if settings.task == "geneval" else "txt")
             setattr(settings, name, str(ROOT / value) if name.endswith("prompts") else value)
     if settings.out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{stamp}"
+        what = "evaluate" if settings.evaluate else settings.method
+        settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{what}-{stamp}"
     check_settings(settings)
     return settings
 
@@ -1417,7 +1722,9 @@ def check_settings(settings):
     need(
         not tiny or settings.task == "ocr", f"--task {settings.task}: the tiny model only writes words; use --task ocr"
     )
-    need(settings.task == "ocr", f"--task {settings.task}: its reward is not part of this version yet; use --task ocr")
+    need(settings.task != "ocr" or settings.reward_model is None, "--reward-model: the ocr reward takes none")
+    if settings.evaluate is not None:
+        saved_transformer(settings.evaluate)
     for name in ("iterations", "prompts_per_iteration", "batch_size", "optimizer_steps", "eval_every", "eval_steps"):
         need(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     need(settings.group_size >= 2, "--group-size must be at least 2: an image is compared with the rest of its group")
@@ -1434,7 +1741,7 @@ def check_settings(settings):
     )
     images = settings.prompts_per_iteration * settings.group_size
     need(
-        images % (settings.batch_size * settings.optimizer_steps) == 0,
+        settings.evaluate or images % (settings.batch_size * settings.optimizer_steps) == 0,
         f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
         f"{settings.optimizer_steps} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
     )
@@ -1458,7 +1765,8 @@ def check_settings(settings):
 
 def main():
     try:
-        train(parse_settings())
+        settings = parse_settings()
+        evaluate_saved(settings) if settings.evaluate else train(settings)
     except BadInput as error:
         print(f"star.py: error: {error}", file=sys.stderr)
         sys.exit(2)
