@@ -1221,6 +1221,12 @@ def confident(detections, tag):
     return {name: surest([one for one in found if one[1] > threshold]) for name, found in detections.items()}
 
 
+def mask_box(mask):
+    """(left, top, right, bottom) in pixels around a mask [h, w] bool that is not empty; right and bottom exclusive."""
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def relations(box, other):
     """The words that hold for a box relative to another, by GenEval's rule: along that axis the centres lie apart by
     more than half their distance, after a tenth of both boxes' extents is taken off."""
@@ -1355,9 +1361,7 @@ class GenEvalReward(ModelReward):
             masks = {}  # class: [(box, score, mask [h, w] bool)]
             for segment, mask in zip(result["segments_info"], result["segmentation"]):
                 mask = mask.bool().cpu()
-                rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-                box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-                masks.setdefault(self.names[segment["label_id"]], []).append((box, segment["score"], mask))
+                masks.setdefault(self.names[segment["label_id"]], []).append((mask_box(mask), segment["score"], mask))
             painted = {clause["class"] for clause in prompt.metadata["include"] if "color" in clause}
             detections = {}
             for name, found in confident(masks, prompt.metadata["tag"]).items():

@@ -599,6 +599,12 @@ COUNT_TWO = geneval("counting", TWO_DOGS, exclude=[{"class": "dog", "count": 3}]
         (geneval("colors", RED_DOG), [("dog", 0, "red", 0.5)], 1, True),
         (geneval("colors", RED_DOG), [("dog", 0, "blue", 0.5)], 0, False),
         (geneval("colors", RED_DOG), [("dog", 0, "blue", 0.6), ("dog", 9, "red", 0.5)], 1, False),  # the surest is blue
+        (
+            geneval("colors", ("dog", 2, {"color": "red"})),
+            [("dog", 0, "red", 0.5), ("dog", 0, "blue", 0.5)],
+            0.5,
+            False,
+        ),
         (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "red", 0.5), ("cat", 0, "blue", 0.5)], 1, True),
         (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "blue", 0.5), ("cat", 0, "blue", 0.5)], 0.5, False),
         (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "blue", 0.5), ("cat", 0, "red", 0.5)], 0, False),
@@ -740,6 +746,7 @@ def test_geneval_names_the_colour_of_the_object_alone(reward_models, monkeypatch
     monkeypatch.setattr(star, "clip_output", clip)
     image, mask = torch.full((3, 8, 8), 7, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.bool)
     mask[2, 3] = mask[4, 5] = True
+    assert star.mask_box(mask) == (3, 2, 6, 5)
     assert reward.colours(image, "dog", [((3, 2, 6, 5), 0.9, mask)] * 2) == ["green", "white"]
     crop = torch.from_numpy(star.np.array(seen["crops"][0].convert("L")))
     expected = torch.full((3, 3), 0x99, dtype=torch.uint8)
