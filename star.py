@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -474,8 +475,9 @@ def setting(default, help):
 @dataclass
 class Settings:
     task: str = setting(
-        "ocr", "what the reward measures: ocr, is the quoted text readable? (geneval, pickscore: prompts only so far)"
-    )
+        "ocr", "what the reward measures: ocr, is the quoted text readable? geneval, are the objects there, in number, "
+        "colour and place? pickscore, would people like it? (the last two: SD3 / SD3.5 only)"
+    )  # fmt: skip
     model: str | None = setting(
         None, "tiny (embedded, downloads nothing), an SD3 / SD3.5 id on the hub or a local folder, or random (SD3.5 "
         "Medium's architecture with random weights, to measure speed and memory); default: "
@@ -489,6 +491,13 @@ class Settings:
         None, "maps of star and fdfo: attention (star's default), uniform (all 1; fdfo's default), or a control: "
         "shuffled (over space), static (over steps)"
     )  # fmt: skip
+    reward_model: str | None = setting(
+        None, "a local copy of the reward's weights. geneval: a folder with detector/ (Mask2Former) and clip/ in it; "
+        "pickscore: a folder or hub id with model and processor; ocr needs none. Default: from the hub"
+    )  # fmt: skip
+    evaluate: str | None = setting(
+        None, "do not train: score this saved model (a run's folder, or its transformer/) on the test prompts"
+    )
     allocation_strength: float = setting(1.0, "lambda: 0 uniform, 1 the attention map alone (paper silent; ours)")
     attention_blocks: str | None = setting(
         None, "joint blocks to read, e.g. 9 or 8,9,10 (SD3.5: 9, Seg4Diff's finding; tiny: its last)"
@@ -529,6 +538,10 @@ class Settings:
     def blocks(self):
         return tuple(int(block) for block in self.attention_blocks.split(","))
 
+    @property
+    def mark(self):
+        return RANDOM if self.model == "random" else ""
+
 
 METHODS = {  # what each method's own papers take; stands above the model's preset
     "star": dict(allocation="attention", optimizer_steps=2, clip_range=1e-4),
@@ -560,8 +573,8 @@ PRESETS = {
         resolution=512,  # Flow-GRPO
         t5_length=128,  # Flow-GRPO
         dtype="bf16",  # ours: Flow-GRPO takes fp16 with LoRA
-        train_prompts="prompts/{task}/train.txt",
-        test_prompts="prompts/{task}/test.txt",
+        train_prompts="prompts/{task}/train.{suffix}",
+        test_prompts="prompts/{task}/test.{suffix}",
     ),
 }  # fmt: skip
 PICKSCORE_KL = 0.01  # Flow-GRPO
@@ -631,25 +644,27 @@ def sample_generator(*key):
 
 
 @torch.no_grad()
-def rollout(transformer, text, core_mask, noise, sigmas, noise_level, churn, guidance, blocks=()):
+def rollout(transformer, text, core_mask, noise, sigmas, noise_level, churn, guidance, blocks=(), keep=True):
     """Sample one microbatch from pure noise to images in latent space.
 
     noise [B, T + 1, C, H, W]: the start, then each step's; churn > 0 takes FDFO's steps, else the SDE's, of which
-    noise_level 0 is the deterministic sampler of evaluation; blocks: where to capture attention, none for no capture.
-    Returns (latents, log_prob, velocity, attention), as Trajectory describes them.
+    noise_level 0 is the deterministic sampler of evaluation, for which the start is enough; blocks: where to capture
+    attention, none for no capture; keep=False: only the final latents. Returns (latents, log_prob, velocity,
+    attention), as Trajectory describes them.
     """
     latents, log_probs, velocities, attention = [noise[:, 0]], [], [], []
     with capture_attention(transformer, core_mask, blocks) as captured:
         for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-            velocity = predict_velocity(transformer, latents[i], sigma, text, guidance)
+            velocity = predict_velocity(transformer, latents[-1], sigma, text, guidance)
             if churn > 0:
-                latents.append(churn_step(latents[i], velocity, sigma, sigma_next, churn, noise[:, i + 1]))
+                step = churn_step(latents[-1], velocity, sigma, sigma_next, churn, noise[:, i + 1])
                 velocities.append(velocity)
             else:
-                mean, std = sde_mean_std(latents[i], velocity, sigma, sigma_next, sigmas[1], noise_level)
-                latents.append(mean + std * noise[:, i + 1])
+                mean, std = sde_mean_std(latents[-1], velocity, sigma, sigma_next, sigmas[1], noise_level)
+                step = mean + std * noise[:, i + 1] if std > 0 else mean
                 if std > 0:
-                    log_probs.append(token_log_prob(latents[-1], mean, std, transformer.config.patch_size))
+                    log_probs.append(token_log_prob(step, mean, std, transformer.config.patch_size))
+            latents = (latents if keep else []) + [step]
             if blocks:
                 attention.append(torch.stack(captured).mean(0))  # over blocks -> [B, P]
                 captured.clear()
@@ -657,33 +672,39 @@ def rollout(transformer, text, core_mask, noise, sigmas, noise_level, churn, gui
     return torch.stack(latents), *stacks
 
 
-def sample_noise(key, prompt, sample, steps, shape, churn):
-    """One trajectory's noise [T + 1, C, H, W] (its start, then each step's) and its generator in the state after it.
+def sample_noise(key, prompt, sample, draws, shape, churn=0.0):
+    """One trajectory's noise [draws, C, H, W] (its start, then each step's) and its generator in the state after it.
 
     With churn, samples 2k and 2k + 1 of a prompt start from the same noise but for FDFO's first re-noising.
     """
     generator = sample_generator(*key, prompt, sample)
-    noise = torch.randn(steps + 1, *shape, generator=generator)
+    noise = torch.randn(draws, *shape, generator=generator)
     if churn > 0:
         shared = torch.randn(shape, generator=sample_generator(*key, prompt, "pair", sample // 2))
         noise[0] = churn_step(shared, torch.zeros(shape), 1.0, 1.0, churn, noise[0])
     return noise, generator
 
 
-def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, churn=0.0, reward=None, blocks=()):
+def sample_groups(
+    policy, prompts, copies, settings, key, sigmas, noise_level, churn=0.0, reward=None, blocks=(), keep=True
+):
     """Roll out `copies` images of every prompt; rewards are computed in other threads (on a GPU, while it samples on).
 
     prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
+    keep=False: no trajectories, only images, as evaluation wants it.
     Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together.
     """
     embeddings, pooled = policy.encode([prompt.text for prompt in prompts])  # [K, ...]: every prompt once
     empty = policy.empty_prompt if settings.guidance > 1 else None
     masks = policy.core_mask(prompts)
     trajectories, images, jobs, pending = [], [], [], []
+    draws = (
+        len(sigmas) if noise_level > 0 or churn > 0 else 1
+    )  # the start, and the noise of every step where steps are noisy
     for rows in torch.arange(len(prompts) * copies).split(settings.batch_size):
         slots = rows // copies
         noise, generators = zip(*[
-            sample_noise(key, row // copies, row % copies, len(sigmas) - 1, policy.latent_shape, churn)
+            sample_noise(key, row // copies, row % copies, draws, policy.latent_shape, churn)
             for row in rows.tolist()
         ])  # fmt: skip
         noise = torch.stack(noise).to(policy.device)
@@ -691,10 +712,11 @@ def sample_groups(policy, prompts, copies, settings, key, sigmas, noise_level, c
         if empty is not None:
             text = tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
         steps = rollout(
-            policy.transformer, text, masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks
+            policy.transformer, text, masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks, keep
         )
-        trajectories.append(Trajectory(text, *steps, generators))
-        images.append(policy.decode(trajectories[-1].latents[-1]))
+        if keep:
+            trajectories.append(Trajectory(text, *steps, generators))
+        images.append(policy.decode(steps[0][-1]))
         jobs.append((images[-1], [prompts[slot] for slot in slots]))
         if reward is not None and policy.device.type != "cpu":  # the GPU samples on while the CPU reads
             pending += reward.submit(*jobs.pop())
@@ -1055,9 +1077,43 @@ class BrightnessReward:
     def submit(self, images, prompts):
         pending = []
         for image in images:
+            score = GenEvalScore(image.float().mean().item() / 255)
+            score.correct = False
             pending.append(Future())
-            pending[-1].set_result(image.float().mean().item() / 255)
+            pending[-1].set_result(score)
         return pending
+
+
+def saved_transformer(path):
+    """The folder of --evaluate's SD3 transformer: `path` itself, or transformer/ within a run. BadInput otherwise."""
+    folder = Path(path)
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    if not folder.is_dir():
+        raise BadInput(f"--evaluate {path}: no such folder")
+    config = folder / "config.json"
+    found = (read_json(config) if config.is_file() else {}).get("_class_name", "no model")
+    if found != "SD3Transformer2DModel":
+        raise BadInput(f"--evaluate {path}: wanted a saved SD3Transformer2DModel, found {found}")
+    return folder
+
+
+def restore_transformer(transformer, path):
+    """Give the transformer the weights that --evaluate names; BadInput unless they are just its own, in name and shape.
+    safetensors only: nothing is unpickled."""
+    state = {}
+    try:
+        for file in sorted(saved_transformer(path).glob("*.safetensors")):
+            state |= load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"--evaluate {path}: {file.name} is damaged ({error})") from error
+    own = transformer.state_dict()
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise BadInput(
+            f"--evaluate {path}: does not fit --model; {len(wrong)} weights are missing, too many or of another shape, "
+            f"such as {min(wrong)}"
+        )
+    transformer.load_state_dict(state)
 
 
 # --- the embedded model: a small SD3 that learns to write -------------------------------------------------------------
@@ -1312,9 +1368,10 @@ def cast(policy, settings):
 def read_json(path):
     """The object in a JSON file, or an empty one if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError:
-        return {}
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_folder(path):
@@ -1352,7 +1409,7 @@ def load_prompts(path, task):
         if not line.strip():
             continue
         try:
-            metadata = json.loads(line) if task == "geneval" else None
+            metadata = check_geneval(json.loads(line)) if task == "geneval" else None
             prompts.append(Prompt(metadata["prompt"] if metadata else line.strip(), metadata))
             core_spans(prompts[-1].text, task, metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1360,6 +1417,54 @@ def load_prompts(path, task):
     if not prompts:
         raise BadInput(f"prompt file {path} holds no prompts")
     return prompts
+
+
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
+GENEVAL_CLASSES = (  # GenEval's names of COCO's 80 classes, in COCO's order
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+DETECTOR_NAMES = {  # what detectors call a class, where GenEval calls it otherwise (the last six: COCO's older names)
+    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "motorbike": "motorcycle",
+    "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
+    "tvmonitor": "tv",
+}  # fmt: skip
+
+
+def check_geneval(metadata):
+    """GenEval's metadata of one prompt, as it is, or a ValueError that says what is wrong with it."""
+
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    known = lambda name, value, choices: need(value in choices, f"unknown {name} {value!r}: not one of GenEval's")
+    need(
+        isinstance(metadata, dict) and isinstance(metadata.get("prompt"), str), "a JSON object with `prompt` is needed"
+    )
+    need(metadata.get("include"), "a geneval prompt needs its metadata, with `include`")
+    known("tag", metadata.get("tag"), GENEVAL_TAGS)
+    for part in ("include", "exclude"):
+        clauses = metadata.get(part, [])
+        need(isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses), f"`{part}` is a list of objects")
+        for index, clause in enumerate(clauses):
+            strange = clause.keys() - {"class", "count", "color", "position"}
+            need(not strange, f"unknown key {min(strange, default='')!r} in `{part}`")
+            known("class", clause.get("class"), GENEVAL_CLASSES)
+            need(type(clause.get("count")) is int and clause["count"] >= 1, "`count` is a number, at least 1")
+            known("color", clause.get("color", "red"), GENEVAL_COLOURS)
+            if "position" in clause:
+                place = clause["position"]
+                need(isinstance(place, list) and len(place) == 2, "`position` is [relation, index of a clause]")
+                known("relation", place[0], GENEVAL_RELATIONS)
+                need(place[1] in range(index), "`position` names an earlier clause by its index")
+    return metadata
 
 
 def normalise_text(text):
@@ -1423,6 +1528,212 @@ class OCRReward:
         return [self.pool.submit(self.score, image, prompt) for image, prompt in zip(images, prompts)]
 
 
+def confident(detections, tag):
+    """What GenEval counts as there: score above 0.3 (counting: 0.9), the 16 surest of a class, surest first.
+
+    detections: {class: [(box, score, ...), ...]}, box = (left, top, right, bottom) in pixels. Returns the same, fewer.
+    """
+    threshold = 0.9 if tag == "counting" else 0.3
+    surest = lambda found: sorted(found, key=lambda one: -one[1])[:16]
+    return {name: surest([one for one in found if one[1] > threshold]) for name, found in detections.items()}
+
+
+def mask_box(mask):
+    """(left, top, right, bottom) in pixels around a mask [h, w] bool that is not empty; right and bottom exclusive."""
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def relations(box, other):
+    """The words that hold for a box relative to another, by GenEval's rule: along that axis the centres lie apart by
+    more than half their distance, after a tenth of both boxes' extents is taken off."""
+    x, y = ((box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1))  # y points down
+    slack_x, slack_y = (0.1 * (box[i + 2] - box[i] + other[i + 2] - other[i]) for i in (0, 1))
+    shifts = (-x - slack_x, x - slack_x, -y - slack_y, y - slack_y)
+    return {word for word, shift in zip(GENEVAL_RELATIONS, shifts) if shift > math.hypot(x, y) / 2}
+
+
+def all_placed(relation, objects, others):
+    """Does the relation hold between each of the objects and each of the others? Not if there are none."""
+    return bool(objects and others) and all(relation in relations(a[0], b[0]) for a in objects for b in others)
+
+
+def geneval_reward(metadata, detections):
+    """The training reward in [0, 1]: the mean over `include` of 1 - |wanted - found| / wanted, at least 0 each.
+
+    A clause with a colour finds the objects of that colour only; where a clause's relation does not hold between the
+    surest objects of the two classes, it scores 0. (Flow-GRPO's neither stops at 0 nor gives 0 for a wrong place.)
+    metadata: the prompt's line; detections: {class: [(box, score, colour or None), ...]}.
+    """
+    found, scores = confident(detections, metadata["tag"]), []
+    for clause in metadata["include"]:
+        objects, wanted = found.get(clause["class"], []), clause["count"]
+        if "color" in clause:
+            objects = [one for one in objects if one[2] == clause["color"]]
+        score = max(0.0, 1 - abs(wanted - len(objects)) / wanted)
+        if "position" in clause:
+            relation, index = clause["position"]
+            target = metadata["include"][index]
+            others = found.get(target["class"], [])[: target["count"]]
+            score *= all_placed(relation, objects[:wanted], others)
+        scores.append(score)
+    return sum(scores) / len(scores)
+
+
+def geneval_correct(metadata, detections):
+    """The benchmark's verdict (GenEval, arXiv 2310.11513): at least as many objects as wanted, and the surest of them
+    of the right colour and in the right place; and none of `exclude` in the number given there. Arguments as above."""
+    found, groups = confident(detections, metadata["tag"]), []  # groups: a clause's objects if they satisfy it
+    for clause in metadata["include"]:
+        objects = found.get(clause["class"], [])[: clause["count"]]
+        right = len(objects) == clause["count"]
+        if "color" in clause:
+            right = right and all(one[2] == clause["color"] for one in objects)
+        if "position" in clause:
+            relation, index = clause["position"]
+            right = right and all_placed(relation, objects, groups[index])
+        groups.append(objects if right else [])
+    return all(groups) and all(len(found.get(c["class"], [])) < c["count"] for c in metadata.get("exclude", ()))
+
+
+PICKSCORE_SCALE = 26  # Flow-GRPO's training reward is PickScore / 26
+
+
+def pick_score(image, text, logit_scale):
+    """PickScore (arXiv 2305.01569): exp(logit_scale) cos(image, text). image, text [B, D] embeddings. Returns [B]."""
+    return logit_scale.exp() * F.cosine_similarity(image, text)
+
+
+def load_reward_model(model_class, processor_class, hub, folder, device, processor_hub=None):
+    """(model, processor) in fp32 through transformers' loaders, from the hub or from a local folder if one is given.
+    safetensors only, and no code from the hub is run. BadInput, in one line, for whatever stands in the way."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        model, info = getattr(transformers, model_class).from_pretrained(
+            folder or hub, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        missing = {name for name, _ in model.named_parameters()} & set(info["missing_keys"])
+        if missing:  # transformers would go on with random numbers in their place
+            raise ValueError(f"it is no {model_class}: {len(missing)} weights are missing")
+        processor = getattr(transformers, processor_class).from_pretrained(folder or processor_hub or hub)
+    except Exception as error:  # whatever a loader says of what is not there, not whole or not what it should be
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        wanted = " and the processor of ".join(filter(None, (hub, processor_hub)))
+        raise BadInput(
+            f"the reward model {folder or hub} cannot be loaded: {reason} (wanted: {wanted}; `hf download` fetches "
+            "them, and --reward-model takes a local copy)"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+class ModelReward:
+    """A reward that neural networks compute, a batch at a time, in a thread beside the sampler's."""
+
+    def __init__(self, folder, device):
+        self.folder, self.device, self.pool = folder, device, ThreadPoolExecutor(1)
+        self.load()
+
+    def submit(self, images, prompts):
+        """One future of a score for every image [B, 3, h, w] uint8, in order."""
+        batch = self.pool.submit(self.scores, images, prompts)
+        return [self.pool.submit(lambda i=i: batch.result()[i]) for i in range(len(images))]  # the thread keeps order
+
+
+DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # px, the benchmark's; transformers' processor has 384
+
+
+class GenEvalScore(float):
+    """The training reward of an image, which also knows whether the benchmark calls the image `correct`."""
+
+
+class GenEvalReward(ModelReward):
+    """Objects, their number, colour and place, as GenEval sees them: Mask2Former finds them, CLIP names their colour.
+    The networks are the benchmark's; here they are transformers' copies, not mmdet's and open_clip's."""
+
+    def load(self):
+        self.detector, self.prepare = load_reward_model(
+            "Mask2FormerForUniversalSegmentation", "AutoImageProcessor",
+            "facebook/mask2former-swin-small-coco-instance", self.folder and f"{self.folder}/detector", self.device,
+        )  # fmt: skip
+        self.clip, self.processor = load_reward_model(
+            "CLIPModel", "CLIPProcessor", "openai/clip-vit-large-patch14", self.folder and f"{self.folder}/clip",
+            self.device,
+        )  # fmt: skip
+        self.names = {i: DETECTOR_NAMES.get(name, name) for i, name in self.detector.config.id2label.items()}
+        unknown = set(GENEVAL_CLASSES) - set(self.names.values())
+        if unknown:
+            raise BadInput(f"--reward-model {self.folder}: its detector does not know the class {min(unknown)!r}")
+
+    @torch.no_grad()
+    def scores(self, images, prompts):
+        inputs = self.prepare(images=list(images), size=DETECTOR_SIZE, return_tensors="pt").to(self.detector.device)
+        results = self.prepare.post_process_instance_segmentation(
+            self.detector(**inputs), threshold=0.3, target_sizes=[images.shape[-2:]] * len(images),
+            return_binary_maps=True,
+        )  # fmt: skip
+        scores = []
+        for image, prompt, result in zip(images, prompts, results):
+            masks = {}  # class: [(box, score, mask [h, w] bool)]
+            for segment, mask in zip(result["segments_info"], result["segmentation"]):
+                mask = mask.bool().cpu()
+                masks.setdefault(self.names[segment["label_id"]], []).append((mask_box(mask), segment["score"], mask))
+            painted = {clause["class"] for clause in prompt.metadata["include"] if "color" in clause}
+            detections = {}
+            for name, found in confident(masks, prompt.metadata["tag"]).items():
+                colours = self.colours(image, name, found) if found and name in painted else [None] * len(found)
+                detections[name] = [(box, sure, colour) for (box, sure, _), colour in zip(found, colours)]
+            scores.append(GenEvalScore(geneval_reward(prompt.metadata, detections)))
+            scores[-1].correct = geneval_correct(prompt.metadata, detections)
+        return scores
+
+    def colours(self, image, name, found):
+        """The colour of each object [(box, score, mask)], by CLIP from its crop, with #999 for all that is not it."""
+        crops = []
+        for (left, top, right, bottom), _, mask in found:
+            alone = torch.where(mask, image, 0x99)[:, top:bottom, left:right]
+            crops.append(Image.fromarray(alone.permute(1, 2, 0).numpy()))
+        phrases = (f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object")
+        texts = [phrase.format(colour) for colour in GENEVAL_COLOURS for phrase in phrases]
+        output = clip_output(self.clip, self.processor, crops, texts)
+        classifier = output.text_embeds.unflatten(0, (len(GENEVAL_COLOURS), -1)).mean(1)  # over phrases
+        similarity = output.image_embeds @ F.normalize(classifier, dim=-1).T  # [objects, colours]
+        return [GENEVAL_COLOURS[i] for i in similarity.argmax(1)]
+
+
+class PickScoreReward(ModelReward):
+    """PickScore / 26, as Flow-GRPO trains on it."""
+
+    def load(self):
+        self.clip, self.processor = load_reward_model(
+            "CLIPModel", "CLIPProcessor", "yuvalkirstain/PickScore_v1", self.folder, self.device,
+            processor_hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def scores(self, images, prompts):
+        output = clip_output(self.clip, self.processor, list(images), [prompt.text for prompt in prompts])
+        return (pick_score(output.image_embeds, output.text_embeds, self.clip.logit_scale) / PICKSCORE_SCALE).tolist()
+
+
+def clip_output(clip, processor, images, texts):
+    length = clip.config.text_config.max_position_embeddings
+    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True, truncation=True, max_length=length)
+    return clip(**inputs.to(clip.device))
+
+
+def make_reward(settings, device):
+    """The task's reward: .submit(images [B, 3, h, w] uint8, prompts) -> one future of a number an image, in order."""
+    if settings.model == "random":
+        return BrightnessReward()
+    if settings.task == "geneval":
+        return GenEvalReward(settings.reward_model, device)
+    if settings.task == "pickscore":
+        return PickScoreReward(settings.reward_model, device)
+    return OCRReward()
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -1443,6 +1754,11 @@ def save_grid(path, images, captions, columns=8, side=144):
         lines = textwrap.wrap(caption, 22, max_lines=3, placeholder="...")
         draw.text((x, y + side + 2), "\n".join(lines), fill="black", font=font, spacing=2)
     sheet.save(path)
+
+
+def save_records(path, images, records, mark="", most=32):
+    """A grid of evaluation's first images, each under its reward and prompt."""
+    save_grid(path, images[:most], [f"{mark}{record['reward']:.2f}  {record['prompt']}" for record in records])
 
 
 def heat(image, allocation, side):
@@ -1483,14 +1799,53 @@ EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' 
 
 
 def evaluate(policy, prompts, reward, settings):
-    """One image a prompt with the deterministic sampler and fixed seeds: (images [K, 3, h, w] uint8, rewards [K])."""
+    """Images of the test prompts, one each, four for geneval: deterministic sampler, fixed seeds.
+
+    Returns (images [B, 3, h, w] uint8, rewards [B], records: a dict an image, for report and evaluation.json).
+    """
+    copies = 4 if settings.task == "geneval" else 1  # as the benchmark does
     sigmas = policy.sigmas(settings.eval_steps)
-    _, images, pending = sample_groups(policy, prompts, 1, settings, EVALUATION, sigmas, 0.0, reward=reward)
-    return images, gather_rewards(pending)
+    _, images, pending = sample_groups(
+        policy, prompts, copies, settings, EVALUATION, sigmas, 0.0, reward=reward, keep=False
+    )
+    rewards, records = gather_rewards(pending, len(images)), []
+    for row, future in enumerate(pending):
+        prompt = prompts[row // copies]
+        records.append({"prompt": prompt.text, "reward": rewards[row].item()})
+        if settings.task == "geneval":
+            records[-1] |= {"tag": prompt.metadata["tag"], "correct": future.result().correct}
+    return images, rewards, records
 
 
-def gather_rewards(pending):
-    """Wait for the reward futures: [B], one finite number an image, or an error that says which is not."""
+def report(task, records):
+    """What an evaluation's records say, as columns of metrics.jsonl. eval_score is the number papers print."""
+    mean = lambda values: sum(values) / len(values)
+    numbers = {"eval_reward": mean([record["reward"] for record in records])}
+    if task == "ocr":
+        numbers["eval_exact"] = mean([record["reward"] == 1 for record in records])
+    if task == "pickscore":
+        numbers["eval_score"] = numbers["eval_reward"] * PICKSCORE_SCALE
+    if task == "geneval":
+        tags = [tag for tag in GENEVAL_TAGS if any(record["tag"] == tag for record in records)]
+        accuracy = {tag: mean([record["correct"] for record in records if record["tag"] == tag]) for tag in tags}
+        numbers["eval_score"] = mean(accuracy.values())  # over tags, not over images: the benchmark's overall score
+        numbers |= {f"eval_{tag}": share for tag, share in accuracy.items()}
+    return numbers
+
+
+def print_table(settings, prompts, columns):
+    """columns: {heading: report}, such as before and after."""
+    mark = settings.mark
+    print(f"\n{mark}{f'{len(prompts)} test prompts':18s}  " + " ".join(f"{heading:>7s}" for heading in columns))
+    for name in next(iter(columns.values())):
+        label = f"{settings.task} reward" if name == "eval_reward" else name.removeprefix("eval_")
+        print(f"{mark}{label:18s}  " + " ".join(f"{numbers[name]:7.3f}" for numbers in columns.values()))
+
+
+def gather_rewards(pending, count):
+    """Wait for the reward futures: [count], one finite number an image, or an error that says which is not."""
+    if len(pending) != count:
+        raise BadInput(f"the reward gave {len(pending)} numbers for {count} images")
     rewards = torch.tensor([float(future.result()) for future in pending])
     if not torch.isfinite(rewards).all():
         raise FloatingPointError(f"the reward of image {int((~torch.isfinite(rewards)).nonzero()[0])} is not finite")
@@ -1521,7 +1876,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     )  # fmt: skip
     clock.append(time.perf_counter())
     # 2. Reward the final images.
-    rewards = gather_rewards(pending)
+    rewards = gather_rewards(pending, len(images))
     clock.append(time.perf_counter())
     # 3. Compare each image with its group (fdfo: with its twin).
     if fdfo:
@@ -1566,7 +1921,7 @@ class RunFolder:
     """What a run leaves behind: config.json, metrics.jsonl, pictures, the trained transformer."""
 
     def __init__(self, path, settings, facts):
-        self.path, self.mark = path, RANDOM if settings.model == "random" else ""
+        self.path, self.mark = path, settings.mark
         config = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
         write_aside(path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
         try:  # a luxury, never needed
@@ -1585,8 +1940,8 @@ class RunFolder:
                     self.tensorboard.add_scalar(name, value, metrics["iteration"])
 
     def save_samples(self, name, prompts, images, rewards):
-        captions = [f"{self.mark}{reward:.2f}  {prompt.text}" for prompt, reward in zip(prompts, rewards.tolist())]
-        save_grid(self.path / f"{name}.png", images, captions)
+        records = [{"prompt": prompt.text, "reward": r} for prompt, r in zip(prompts, rewards.tolist())]
+        save_records(self.path / f"{name}.png", images, records, self.mark)
 
 
 def versions():
@@ -1599,14 +1954,16 @@ def versions():
     return found
 
 
+def choose_device(settings):
+    return "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
+
+
 def train(settings):
     """The whole run, from two prompt files to a trained model and a table of what it gained."""
-    device = "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
+    device = choose_device(settings)
     train_prompts = load_prompts(settings.train_prompts, settings.task)
     test_prompts = load_prompts(settings.test_prompts, settings.task)
-    random_weights = settings.model == "random"
-    mark = RANDOM if random_weights else ""
-    reward = BrightnessReward() if random_weights else OCRReward()
+    reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     make_folder(Path(settings.out))
     policy, facts = load_policy(settings, reward, device)
     run = RunFolder(Path(settings.out), settings, facts)
@@ -1616,18 +1973,17 @@ def train(settings):
     )
 
     def judge(name, iteration):
-        images, rewards = evaluate(policy, test_prompts, reward, settings)
-        run.save_samples(f"test_{name}", test_prompts[:32], images[:32], rewards[:32])
-        result = {"eval_reward": rewards.mean().item(), "eval_exact": (rewards == 1).float().mean().item()}
-        tqdm.write(
-            f"{mark}iteration {iteration:4d}  test reward {result['eval_reward']:.3f}  exact {result['eval_exact']:.3f}"
-        )
+        images, _, records = evaluate(policy, test_prompts, reward, settings)
+        save_records(run.path / f"test_{name}.png", images, records, settings.mark)
+        result = report(settings.task, records)
+        numbers = "  ".join(f"{column.removeprefix('eval_')} {value:.3f}" for column, value in result.items())
+        tqdm.write(f"{settings.mark}iteration {iteration:4d}  test {numbers}")
         return result
 
     save_strips(run.path / "maps_before.png", policy, test_prompts[:4], settings)
     before = after = judge("before", 0)
     run.log({"iteration": 0, **before})
-    bar = tqdm(range(1, settings.iterations + 1), desc=f"{mark}{settings.method} {settings.task}", unit="it")
+    bar = tqdm(range(1, settings.iterations + 1), desc=f"{settings.mark}{settings.method} {settings.task}", unit="it")
     for iteration in bar:
         prompts = pick_prompts(train_prompts, settings, iteration - 1)
         metrics, images, rewards = train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration)
@@ -1637,13 +1993,30 @@ def train(settings):
             run.save_samples("train_latest", rows[:32], images[:32], rewards[:32])
             metrics |= after
             policy.transformer.save_pretrained(run.path / "transformer")
-        run.log(metrics | ({"random_weights": True} if random_weights else {}))
+        run.log(metrics | ({"random_weights": True} if settings.mark else {}))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
     save_strips(run.path / "maps_after.png", policy, test_prompts[:4], settings)
-    print(f"\n{mark}{len(test_prompts)} test prompts      before   after")
-    for label, name in (("ocr reward", "eval_reward"), ("exact", "eval_exact")):
-        print(f"{mark}{label:18s}  {before[name]:7.3f} {after[name]:7.3f}")
+    print_table(settings, test_prompts, {"before": before, "after": after})
     print(f"\npictures, metrics and the trained transformer are in {run.path}")
+
+
+def evaluate_saved(settings):
+    """--evaluate: a saved transformer in its model's pipeline, scored as training scores it, without training."""
+    device = choose_device(settings)
+    prompts = load_prompts(settings.test_prompts, settings.task)
+    reward = make_reward(settings, device)
+    out = Path(settings.out)
+    make_folder(out)
+    policy, facts = load_policy(settings, reward, device)
+    restore_transformer(policy.transformer, settings.evaluate)
+    images, _, records = evaluate(policy, prompts, reward, settings)
+    numbers = report(settings.task, records)
+    facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+    result = json.dumps({"result": numbers, **facts, "images": records}, indent=1)
+    write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
+    save_records(out / "evaluation.png", images, records, settings.mark)
+    print_table(settings, prompts, {"score": numbers})
+    print(f"\nevery image's reward and a picture of the first ones are in {out}")
 
 
 def parse_settings(arguments=None):
@@ -1666,13 +2039,15 @@ def parse_settings(arguments=None):
     preset = preset | METHODS.get(settings.method, {})
     for name, value in preset.items():
         if getattr(settings, name) is None:
-            value = value.format(task=settings.task) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = value.format(task=settings.task, suffix="jsonl" if settings.task == "geneval" else "txt")
             setattr(settings, name, str(ROOT / value) if name.endswith("prompts") else value)
     if settings.method == "fdfo" and settings.churn is None:
         settings.churn = 0.1 / max(settings.sampling_steps, 1)
     if settings.out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{stamp}"
+        what = "evaluate" if settings.evaluate else settings.method
+        settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{what}-{stamp}"
     check_settings(settings)
     return settings
 
@@ -1689,7 +2064,9 @@ def check_settings(settings):
     need(
         not tiny or settings.task == "ocr", f"--task {settings.task}: the tiny model only writes words; use --task ocr"
     )
-    need(settings.task == "ocr", f"--task {settings.task}: its reward is not part of this version yet; use --task ocr")
+    need(settings.task != "ocr" or settings.reward_model is None, "--reward-model: the ocr reward takes none")
+    if settings.evaluate is not None:
+        saved_transformer(settings.evaluate)
     for name in ("iterations", "prompts_per_iteration", "batch_size", "optimizer_steps", "eval_every", "eval_steps"):
         need(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     need(settings.group_size >= 2, "--group-size must be at least 2: an image is compared with the rest of its group")
@@ -1717,7 +2094,7 @@ def check_settings(settings):
     images, batches = settings.prompts_per_iteration * settings.group_size, settings.optimizer_steps
     whole = images // settings.batch_size * (settings.sampling_steps if fdfo else 1)  # fdfo's batches are shuffled
     need(
-        images % settings.batch_size == 0 and whole % batches == 0,
+        settings.evaluate or images % settings.batch_size == 0 and whole % batches == 0,
         f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
         f"{batches} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
     )
@@ -1741,7 +2118,8 @@ def check_settings(settings):
 
 def main():
     try:
-        train(parse_settings())
+        settings = parse_settings()
+        evaluate_saved(settings) if settings.evaluate else train(settings)
     except BadInput as error:
         print(f"star.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,13 +8,16 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import star
 
@@ -526,7 +529,7 @@ def test_allocated_fdfo_weights_the_mean_over_space():
 
 
 def test_the_two_of_a_pair_share_their_noise_but_for_a_little():
-    noise = lambda prompt, sample, churn=0.01: star.sample_noise((0, 1), prompt, sample, 5, (16, 12, 12), churn)[0]
+    noise = lambda prompt, sample, churn=0.01: star.sample_noise((0, 1), prompt, sample, 6, (16, 12, 12), churn)[0]
     correlation = lambda a, b: torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
     assert correlation(noise(0, 0)[0], noise(0, 1)[0]) == pytest.approx(1 / 1.01**2, abs=0.003)
     assert abs(correlation(noise(0, 1)[0], noise(0, 2)[0])) < 0.08  # of different pairs
@@ -717,6 +720,244 @@ def test_the_ocr_engine_reads_what_we_render():
     assert reward.submit(blank, prompts[:1])[0].result() == 0
 
 
+def box(left, top, size=10):
+    return (left, top, left + size, top + size)
+
+
+def geneval(tag, *include, **more):
+    return {
+        "tag": tag,
+        "include": [dict(zip(("class", "count"), clause[:2]), **clause[2]) for clause in include],
+        **more,
+    }
+
+
+DOG, TWO_DOGS = ("dog", 1, {}), ("dog", 2, {})
+RED_DOG, BLUE_CAT = ("dog", 1, {"color": "red"}), ("cat", 1, {"color": "blue"})
+CAT_LEFT = ("cat", 1, {"position": ["left of", 0]})  # ... of the dog
+COUNT_TWO = geneval("counting", TWO_DOGS, exclude=[{"class": "dog", "count": 3}])
+
+
+@pytest.mark.parametrize(
+    "metadata, found, reward, correct",
+    [
+        # found: (class, left, colour, score)
+        (geneval("single_object", DOG), [("dog", 0, None, 0.5)], 1, True),
+        (geneval("single_object", DOG), [], 0, False),
+        (geneval("single_object", DOG), [("cat", 0, None, 0.5)], 0, False),
+        (geneval("single_object", DOG), [("dog", 0, None, 0.3)], 0, False),  # not surer than 0.3
+        (geneval("single_object", DOG), [("dog", 0, None, 0.5)] * 2, 0, True),  # one too many: the benchmark allows it
+        (geneval("two_object", DOG, ("cat", 1, {})), [("dog", 0, None, 0.5)], 0.5, False),
+        (geneval("two_object", DOG, ("cat", 1, {})), [("dog", 0, None, 0.5), ("cat", 0, None, 0.5)], 1, True),
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 2, 1, True),
+        (COUNT_TWO, [("dog", 0, None, 0.95)], 0.5, False),
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 3, 0.5, False),  # excluded by the benchmark
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 5, 0, False),  # never below 0
+        (COUNT_TWO, [("dog", 0, None, 0.95), ("dog", 9, None, 0.9)], 0.5, False),  # counting wants more than 0.9
+        (geneval("counting", ("dog", 16, {})), [("dog", 0, None, 0.95)] * 20, 1, True),  # 16 objects at most
+        (geneval("colors", RED_DOG), [("dog", 0, "red", 0.5)], 1, True),
+        (geneval("colors", RED_DOG), [("dog", 0, "blue", 0.5)], 0, False),
+        (geneval("colors", RED_DOG), [("dog", 0, "blue", 0.6), ("dog", 9, "red", 0.5)], 1, False),  # the surest is blue
+        (
+            geneval("colors", ("dog", 2, {"color": "red"})),
+            [("dog", 0, "red", 0.5), ("dog", 0, "blue", 0.5)],
+            0.5,
+            False,
+        ),
+        (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "red", 0.5), ("cat", 0, "blue", 0.5)], 1, True),
+        (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "blue", 0.5), ("cat", 0, "blue", 0.5)], 0.5, False),
+        (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "blue", 0.5), ("cat", 0, "red", 0.5)], 0, False),
+        (geneval("position", DOG, CAT_LEFT), [("dog", 40, None, 0.5), ("cat", 0, None, 0.5)], 1, True),
+        (geneval("position", DOG, CAT_LEFT), [("dog", 0, None, 0.5), ("cat", 40, None, 0.5)], 0.5, False),
+        (geneval("position", DOG, CAT_LEFT), [("cat", 0, None, 0.5)], 0, False),  # of no dog
+        (geneval("position", DOG, CAT_LEFT), [("dog", 40, None, 0.5)], 0.5, False),
+    ],
+)
+def test_geneval_reward_and_verdict(metadata, found, reward, correct):
+    detections = {}
+    for name, left, colour, score in found:
+        detections.setdefault(name, []).append((box(left, 0), score, colour))
+    assert star.geneval_reward(metadata, detections) == pytest.approx(reward)
+    assert star.geneval_correct(metadata, detections) is correct
+
+
+def test_geneval_relations():
+    assert star.relations(box(0, 0), box(40, 0)) == {"left of"} and star.relations(box(40, 0), box(0, 0)) == {
+        "right of"
+    }
+    assert star.relations(box(0, 0), box(0, 40)) == {"above"} and star.relations(box(0, 40), box(0, 0)) == {"below"}
+    assert star.relations(box(0, 0), box(40, 40)) == {"left of", "above"}
+    assert star.relations(box(0, 0), box(0, 0)) == set()
+    # two boxes of 10 px: 2 px of the offset are taken off, and what is left must be more than half the distance
+    assert star.relations(box(0, 0), box(4, 0)) == set() and star.relations(box(0, 0), box(4.1, 0)) == {"left of"}
+    assert star.relations(box(0, 0), box(30, 40)) == {"left of", "above"}  # 28 and 38 of 50
+    assert star.relations(box(0, 0), box(20, 40)) == {"above"}  # 18 and 38 of 44.7
+
+
+def test_every_geneval_class_is_one_of_the_detectors():
+    assert len(set(star.GENEVAL_CLASSES)) == 80
+    assert set(star.DETECTOR_NAMES.values()) < set(star.GENEVAL_CLASSES)
+    assert not set(star.DETECTOR_NAMES) & set(star.GENEVAL_CLASSES)
+    used = set()
+    for split in ("train", "test"):
+        for prompt in star.load_prompts(ROOT / f"prompts/geneval/{split}.jsonl", "geneval"):
+            used |= {clause["class"] for clause in prompt.metadata["include"] + prompt.metadata.get("exclude", [])}
+    assert used == set(star.GENEVAL_CLASSES)
+
+
+def test_pick_score_is_the_scaled_cosine():
+    image, text = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    torch.testing.assert_close(star.pick_score(image, text, torch.tensor(100.0).log()), torch.tensor([60.0, 100.0]))
+
+
+def test_rewards_must_be_finite_and_as_many_as_images():
+    futures = [Future() for _ in range(2)]
+    for future, value in zip(futures, (0.5, math.nan)):
+        future.set_result(value)
+    with pytest.raises(FloatingPointError, match="image 1 is not finite"):
+        star.gather_rewards(futures, 2)
+    with pytest.raises(star.BadInput, match="1 numbers for 2 images"):
+        star.gather_rewards(futures[:1], 2)
+
+
+def save_clip(path):
+    """A random CLIP with its processor, as transformers saves them."""
+    import transformers
+
+    tokenizer = star.tiny_pipeline().tokenizer
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=24, **size, **special),
+            vision_config=dict(image_size=16, patch_size=8, **size), projection_dim=8,
+        )
+    ).save_pretrained(path)  # fmt: skip
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(path)
+
+
+def save_detector(path, dog="dog"):
+    """A random Mask2Former which takes everything for a dog, with its processor and transformers' names of classes."""
+    import transformers
+
+    older = {ours: theirs for theirs, ours in star.DETECTOR_NAMES.items()}
+    labels = {i: older.get(name, name) if name != "dog" else dog for i, name in enumerate(star.GENEVAL_CLASSES)}
+    backbone = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Mask2FormerForUniversalSegmentation(
+        transformers.Mask2FormerConfig(
+            backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2,
+            encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_queries=10,
+            id2label=labels, label2id={name: i for i, name in labels.items()},
+        )
+    )  # fmt: skip
+    torch.nn.init.zeros_(model.class_predictor.weight)
+    with torch.no_grad():
+        model.class_predictor.bias[star.GENEVAL_CLASSES.index("dog")] += 20
+    model.save_pretrained(path)
+    transformers.Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    save_detector(folder / "detector")
+    save_clip(folder / "clip")
+    return folder
+
+
+def noise_images(count, side=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def test_geneval_from_a_checkpoint_to_scores(reward_models, monkeypatch):
+    monkeypatch.setattr(star, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 64})
+    settings = star.Settings(task="geneval", reward_model=str(reward_models))
+    reward = star.make_reward(settings, "cpu")
+    clauses = [{"class": "dog", "count": 10, "color": colour} for colour in star.GENEVAL_COLOURS]
+    clauses += [{"class": "dog", "count": 10}, {"class": "tv remote", "count": 1}, {"class": "dog", "count": 1}]
+    prompts = [star.Prompt("", {"tag": "colors", "include": [clause]}) for clause in clauses]
+    image = noise_images(1).expand(len(prompts), -1, -1, -1)
+    scores = [future.result() for future in reward.submit(image, prompts)]
+    *painted, dogs, remote, one_dog = scores
+    assert len(scores) == len(prompts) and all(0 <= score <= 1 for score in scores)
+    assert dogs > 0.5 and remote == 0 and not remote.correct and one_dog == 0 and one_dog.correct
+    assert sum(painted) == pytest.approx(dogs)  # every dog has one of the ten colours
+    assert [f.result() for f in reward.submit(image[:3], prompts[10:])] == [dogs, remote, one_dog]
+    sizes = [future.result() for future in reward.submit(noise_images(2, side=48), prompts[-2:])]
+    assert sizes[0] == 0 and sizes[1].correct
+
+
+def test_geneval_names_the_colour_of_the_object_alone(reward_models, monkeypatch):
+    reward, seen = star.make_reward(star.Settings(task="geneval", reward_model=str(reward_models)), "cpu"), {}
+
+    def clip(model, processor, crops, texts):
+        seen.update(crops=crops, texts=texts)
+        colours = torch.eye(len(star.GENEVAL_COLOURS)).repeat_interleave(3, 0)
+        return star.SimpleNamespace(text_embeds=colours, image_embeds=torch.eye(10)[[3, 9]] + 0.1)
+
+    monkeypatch.setattr(star, "clip_output", clip)
+    image, mask = torch.full((3, 8, 8), 7, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.bool)
+    mask[2, 3] = mask[4, 5] = True
+    assert star.mask_box(mask) == (3, 2, 6, 5)
+    assert reward.colours(image, "dog", [((3, 2, 6, 5), 0.9, mask)] * 2) == ["green", "white"]
+    crop = torch.from_numpy(star.np.array(seen["crops"][0].convert("L")))
+    expected = torch.full((3, 3), 0x99, dtype=torch.uint8)
+    expected[0, 0] = expected[2, 2] = 7
+    assert torch.equal(crop, expected)
+    assert len(seen["texts"]) == 30 and seen["texts"][:2] == ["a photo of a red dog", "a photo of a red-colored dog"]
+
+
+def test_pickscore_from_a_checkpoint_to_scores(reward_models):
+    import transformers
+
+    folder = reward_models / "clip"
+    reward = star.make_reward(star.Settings(task="pickscore", reward_model=str(folder)), "cpu")
+    images, prompts = noise_images(3), [star.Prompt(text) for text in ("a cat", "a much longer prompt: two dogs", "b")]
+    scores = [future.result() for future in reward.submit(images, prompts)]
+    model, processor = (cls.from_pretrained(folder) for cls in (transformers.CLIPModel, transformers.CLIPProcessor))
+    for image, prompt, score in zip(images, prompts, scores):
+        inputs = processor(images=image, text=prompt.text, return_tensors="pt", truncation=True, max_length=24)
+        assert score == pytest.approx(model(**inputs).logits_per_image.item() / 26, rel=1e-4)
+    assert len(set(scores)) == 3
+
+
+def test_reward_weights_that_are_not_what_they_should_be(reward_models, tmp_path):
+    def refuse(task, folder, message):
+        with pytest.raises(star.BadInput, match=message) as error:
+            star.make_reward(star.Settings(task=task, reward_model=str(folder)), "cpu")
+        assert "\n" not in str(error.value)
+
+    refuse("pickscore", tmp_path / "none", "none cannot be loaded.*hf download")
+    refuse("geneval", tmp_path, "detector cannot be loaded.*mask2former-swin-small-coco-instance")
+    shutil.copytree(reward_models, tmp_path / "damaged")
+    weights = tmp_path / "damaged/clip/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse("geneval", tmp_path / "damaged", "clip cannot be loaded")
+    shutil.copytree(reward_models, tmp_path / "pickled")
+    weights = tmp_path / "pickled/clip/model.safetensors"
+    torch.save({}, weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    refuse("pickscore", tmp_path / "pickled/clip", "model.safetensors")
+    shutil.copytree(reward_models, tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(reward_models / "detector" / name, tmp_path / "other/clip" / name)
+    refuse("pickscore", tmp_path / "other/clip", "cannot be loaded")
+    part = load_file(reward_models / "clip/model.safetensors")
+    del part["visual_projection.weight"]
+    save_file(part, tmp_path / "damaged/clip/model.safetensors", metadata={"format": "pt"})
+    refuse("geneval", tmp_path / "damaged", "it is no CLIPModel: 1 weights are missing")
+    save_detector(tmp_path / "other/detector", dog="wolf")
+    shutil.copytree(reward_models / "clip", tmp_path / "other/clip", dirs_exist_ok=True)
+    refuse("geneval", tmp_path / "other", "does not know the class 'dog'")
+
+
 def test_the_embedded_vae_is_lossless():
     images = star.render_words(["CAT"], torch.Generator().manual_seed(0))
     assert torch.equal(star.PixelVAE().decode(star.PixelVAE().encode(images))[0], images)
@@ -748,6 +989,37 @@ def test_prompt_files_are_what_their_generator_writes():
         (b'a ""\n', "ocr", "line 1.*double quotes"),
         (b'{"prompt": "a dog"}\n', "geneval", "line 1.*metadata"),
         (b"a dog\n", "geneval", "line 1"),
+        (b"[1]\n", "geneval", "line 1.*a JSON object"),
+        *(
+            (
+                json.dumps(
+                    {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]} | bad
+                ).encode(),
+                "geneval",
+                f"line 1: .*{message}",
+            )
+            for bad, message in [
+                ({"tag": "colours"}, "unknown tag 'colours'"),
+                ({"tag": None}, "unknown tag None"),
+                ({"include": "dog"}, "`include` is a list of objects"),
+                ({"include": [1]}, "`include` is a list of objects"),
+                ({"include": [{"class": "remote", "count": 1}]}, "unknown class 'remote'"),
+                ({"include": [{"class": "dog"}]}, "`count`"),
+                ({"include": [{"class": "dog", "count": 0}]}, "`count`"),
+                ({"include": [{"class": "dog", "count": 1, "colour": "red"}]}, "unknown key 'colour'"),
+                ({"include": [{"class": "dog", "count": 1, "color": "grey"}]}, "unknown color 'grey'"),
+                ({"include": [{"class": "dog", "count": 1, "position": ["above", 0]}]}, "earlier clause"),
+                (
+                    {
+                        "include": [{"class": "dog", "count": 1}] * 2
+                        + [{"class": "cat", "count": 1, "position": ["near", 0]}]
+                    },
+                    "unknown relation 'near'",
+                ),
+                ({"include": [{"class": "dog", "count": 1, "position": "above"}]}, "`position` is"),
+                ({"exclude": [{"class": "wolf", "count": 1}]}, "unknown class 'wolf'"),
+            ]
+        ),
     ],
 )
 def test_bad_prompt_files(tmp_path, content, task, message):
@@ -784,6 +1056,11 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--out /dev/null/run", "cannot make the folder"),
         ("--train-prompts missing.txt", "missing.txt"),
         ("--out {used}", "holds another run"),
+        ("--reward-model clip", "--reward-model: the ocr reward takes none"),
+        ("--evaluate no/such/run", "--evaluate no/such/run: no such folder"),
+        ("--evaluate {used}", "wanted a saved SD3Transformer2DModel, found no model"),
+        ("--task geneval --model sd3 --reward-model {used}", "detector cannot be loaded"),
+        ("--task pickscore --model sd3 --reward-model {used}", "cannot be loaded"),
     ],
 )
 def test_bad_settings_end_with_one_line_before_any_work(tmp_path, monkeypatch, arguments, message):
@@ -908,6 +1185,91 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(quick_base, capsys, monkeypatch)
     assert len(list(weights.parent.glob("*.safetensors"))) == 2
 
 
+def test_evaluation_keeps_images_alone_and_its_noise(tiny):
+    policy, settings = tiny
+    sigmas = policy.sigmas(4)
+    kept, images, _ = star.sample_groups(policy, PROMPTS, 2, settings, star.EVALUATION, sigmas, 0.0)
+    none, same, _ = star.sample_groups(policy, PROMPTS, 2, settings, star.EVALUATION, sigmas, 0.0, keep=False)
+    assert none == [] and torch.equal(images, same)
+    generator = star.sample_generator(*star.EVALUATION, 1, 1)  # second prompt, second image
+    start = torch.randn(len(sigmas), *policy.latent_shape, generator=generator)[0]
+    assert torch.equal(kept[0].latents[0][3], start)  # as if every step's noise had been drawn too
+
+
+def test_reports_by_task():
+    assert star.report("ocr", [{"reward": 1.0}, {"reward": 0.5}]) == {"eval_reward": 0.75, "eval_exact": 0.5}
+    assert star.report("pickscore", [{"reward": 0.5}, {"reward": 1.0}]) == {"eval_reward": 0.75, "eval_score": 19.5}
+    verdicts = [("counting", True), ("counting", False), ("counting", False), ("counting", False), ("colors", True)]
+    records = [{"reward": 0.5, "tag": tag, "correct": correct} for tag, correct in verdicts]
+    assert star.report("geneval", records) == {  # the mean over tags, not over images
+        "eval_reward": 0.5, "eval_score": 0.625, "eval_counting": 0.25, "eval_colors": 1.0,
+    }  # fmt: skip
+
+
+def test_a_saved_run_is_scored_as_training_scored_it(quick_base, capsys, monkeypatch):
+    monkeypatch.setattr(star.OCRReward, "score", brightness)
+    prompts = quick_base / "test.txt"
+    prompts.write_text('a sign that says "CAT"\na wall that says "DOG"\n')
+    common = ["--test-prompts", str(prompts), "--model", "tiny", "--seed", "3"]
+    run, out = quick_base / "run", quick_base / "score"
+    star.train(star.parse_settings([*SMALL, *common, "--out", str(run)]))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    for path in (run, run / "transformer"):
+        monkeypatch.setattr(
+            sys, "argv", ["star.py", *common, "--evaluate", str(path), "--out", f"{out}{len(path.name)}"]
+        )
+        star.main()
+    assert "2 test prompts        score" in capsys.readouterr().out
+    found = json.loads((quick_base / "score3/evaluation.json").read_text())
+    assert found["result"] == {name: lines[-1][name] for name in ("eval_reward", "eval_exact")}
+    assert found["result"]["eval_reward"] != lines[0]["eval_reward"]  # not the base model
+    assert [image["prompt"] for image in found["images"]] == [p.text for p in star.load_prompts(prompts, "ocr")]
+    from PIL import Image
+
+    for name in ("score3", "score11"):
+        assert Image.open(quick_base / name / "evaluation.png").width > 100
+    weights = run / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    settings = star.parse_settings([*common, "--evaluate", str(run), "--out", str(quick_base / "more")])
+    with pytest.raises(star.BadInput, match="is damaged"):
+        star.evaluate_saved(settings)
+    sd3_transformer().save_pretrained(run / "transformer")
+    with pytest.raises(star.BadInput, match="does not fit --model.*of another shape, such as"):
+        star.evaluate_saved(settings)
+
+
+@pytest.mark.parametrize("task", ["geneval", "pickscore"])
+def test_the_other_rewards_train_and_evaluate(tmp_path, reward_models, capsys, monkeypatch, task):
+    """From command line to table on miniatures of all the models with random weights."""
+    monkeypatch.setattr(star, "DETECTOR_SIZE", {"shortest_edge": 64, "longest_edge": 64})
+    save_sd3_folder(tmp_path / "sd3")
+    weights = reward_models if task == "geneval" else reward_models / "clip"
+    lines = (ROOT / f"prompts/{task}/test.{'jsonl' if task == 'geneval' else 'txt'}").read_text().splitlines()
+    if task == "geneval":  # one of each tag
+        lines = [next(line for line in lines if f'"tag": "{tag}"' in line) for tag in star.GENEVAL_TAGS]
+    prompts = tmp_path / "prompts"
+    prompts.write_text("\n".join(lines[:6]))
+    common = [
+        *f"--task {task} --model {tmp_path}/sd3 --reward-model {weights} --resolution 32 --t5-length 16".split(),
+        *f"--eval-steps 2 --train-prompts {prompts} --test-prompts {prompts}".split(),
+    ]
+    star.train(star.parse_settings([
+        *common, *"--iterations 1 --prompts-per-iteration 2 --group-size 2 --batch-size 2 --sampling-steps 3".split(),
+        *f"--out {tmp_path}/run".split(),
+    ]))  # fmt: skip
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(line["reward"]) and line["ratio_deviation"] == 0
+    star.evaluate_saved(star.parse_settings([*common, "--evaluate", f"{tmp_path}/run", "--out", f"{tmp_path}/score"]))
+    found = json.loads((tmp_path / "score/evaluation.json").read_text())
+    assert found["result"] == {name: value for name, value in line.items() if name.startswith("eval_")}
+    assert len(found["images"]) == (24 if task == "geneval" else 6)
+    columns = ["eval_reward", "eval_score"] + [f"eval_{tag}" for tag in star.GENEVAL_TAGS if task == "geneval"]
+    assert list(found["result"]) == columns
+    readme = (ROOT / "README.md").read_text()
+    assert all(column in readme for column in columns[:2]) and "before   after" in capsys.readouterr().out
+
+
 def save_sd3_folder(path):
     """A whole Stable Diffusion 3 in miniature with random weights: two CLIPs, T5, AutoencoderKL."""
     import diffusers
@@ -950,8 +1312,6 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
     ]))  # fmt: skip
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["ratio_deviation"] == 0 and line["gradient_norm"] > 0 and line["kl"] >= 0
-    from safetensors.torch import load_file
-
     saved = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
