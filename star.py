@@ -10,11 +10,12 @@ every denoising step of every rollout. In five steps, each a function below:
   4. Compare each image's reward with its group's.                                     group_advantages
   5. Update through a clipped objective resolved in space.                             star_objective
 
-flow_grpo_objective is the scalar baseline (arXiv 2505.05470). Only the paper's abstract is public to us: where it is
-silent a comment says what we chose and why, and README.md has the list.
+flow_grpo_objective is the scalar baseline (arXiv 2505.05470); churn_step, fdfo_direction and fdfo_objective are a second
+method (FDFO, Finite Difference Flow Optimization, arXiv 2603.12893). Only the abstract of STAR's paper is public to us:
+where it is silent a comment says what we chose and why, and README.md has the list.
 
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU, else an embedded tiny model
-  python star.py --task ocr --method flow-grpo    the baseline
+  python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
   python star.py --help                           every setting
 """
 
