@@ -10,9 +10,9 @@ every denoising step of every rollout. In five steps, each a function below:
   4. Compare each image's reward with its group's.                                     group_advantages
   5. Update through a clipped objective resolved in space.                             star_objective
 
-flow_grpo_objective is the scalar baseline (arXiv 2505.05470); churn_step, fdfo_direction and fdfo_objective are a second
-method (FDFO, Finite Difference Flow Optimization, arXiv 2603.12893). Only the abstract of STAR's paper is public to us:
-where it is silent a comment says what we chose and why, and README.md has the list.
+flow_grpo_objective is the scalar baseline (arXiv 2505.05470); churn_step, fdfo_direction and fdfo_objective are a
+second method (FDFO, Finite Difference Flow Optimization, arXiv 2603.12893). Only the abstract of STAR's paper is public
+to us: where it is silent a comment says what we chose and why, and README.md has the list.
 
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU, else an embedded tiny model
   python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
@@ -743,25 +743,39 @@ def policy_loss(settings, trajectory, i, velocity, sigmas, patch_size):
     return loss, stats, mean, std
 
 
-def update(policy, reference, optimizer, trajectories, sigmas, settings, key=()):
-    """One pass over every trained (microbatch, denoising step) of the rollouts, in `optimizer_steps` optimizer steps.
+def deal(trajectories, trained, settings, key):
+    """Which (microbatch, denoising step) goes into which optimizer step of the iteration: a list of lists.
 
-    star and flow-grpo take whole trajectories at a time, steps 0..T-2 (never the last); fdfo every step, shuffled by
-    `key`. Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first
-    optimizer step the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation
-    is the largest |ratio - 1| before the first optimizer step, which must be 0.
+    star and flow-grpo take whole trajectories, one after the other, as Flow-GRPO does; fdfo takes some steps of every
+    trajectory, by a shuffle of its own for each, so that every optimizer step sees all prompts and all noise levels.
     """
-    transformer, fdfo = policy.transformer, settings.method == "fdfo"
+    rounds = [[] for _ in range(settings.optimizer_steps)]
+    for number, trajectory in enumerate(trajectories):
+        if settings.method == "fdfo":
+            order = torch.randperm(trained, generator=sample_generator(*key, "update", number)).tolist()
+            chosen = [(place * len(rounds) // trained + number) % len(rounds) for place in order]
+        else:
+            chosen = [number * len(rounds) // len(trajectories)] * trained
+        for i in range(trained):
+            rounds[chosen[i]].append((trajectory, i))
+    return rounds
+
+
+def update(policy, reference, optimizer, trajectories, sigmas, settings, key=()):
+    """One pass over the rollouts in `optimizer_steps` optimizer steps, over the denoising steps that are trained: for
+    fdfo all of them, for star and flow-grpo steps 0..T-2 (never the last).
+
+    Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first optimizer step
+    the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation is the largest
+    |ratio - 1| before the first optimizer step, which must be 0.
+    """
+    transformer = policy.transformer
     weights = step_weights(sigmas, settings.noise_level, settings.step_weights)
-    weights += [1.0] * fdfo  # its last step too
-    work = [(trajectory, i) for trajectory in trajectories for i in range(len(weights))]
-    if fdfo:
-        order = torch.randperm(len(work), generator=sample_generator(*key, "update"))
-        work = [work[j] for j in order]
+    weights += [1.0] * (settings.method == "fdfo")  # its last step too
+    share = len(trajectories) * len(weights) / settings.optimizer_steps  # forwards in an optimizer step
     history, first_deviation, norms = [], 0.0, []
-    chunk_size = len(work) // settings.optimizer_steps
-    for start in range(0, len(work), chunk_size):
-        for trajectory, i in work[start : start + chunk_size]:
+    for work in deal(trajectories, len(weights), settings, key):
+        for trajectory, i in work:
             if settings.kl == 0 and not trajectory.advantages.any():
                 continue  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
             latents, sigma = trajectory.latents[i], sigmas[i]
@@ -777,9 +791,9 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
                     )
                 kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigma)
                 loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
-            (loss * weights[i] / chunk_size).backward()
+            (loss * weights[i] / share).backward()
             history.append({name: float(value) for name, value in stats.items()})
-            if start == 0:
+            if not norms:
                 first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
         norms.append(optimizer.step())
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
@@ -971,7 +985,8 @@ def plan_memory(settings, config, device):
     Bytes a parameter: 2 bf16 weight, 4 fp32 gradient, 12 fp32 master and moments, 2 bf16 KL reference. Activations of
     SD3's blocks: 58 bytes x width x tokens a block, and 28 x width x image tokens more where it has a second attention,
     counted from what autograd keeps of a bf16 forward (fp32: twice that); with checkpointing only each block's inputs
-    stay, and one block's activations. 4 GB for CUDA itself, decoding and the captured attention are a guess.
+    stay, and one block's activations. 4 GB for CUDA, decoding and the captured attention, and 4 GB for a reward's
+    networks, are a guess.
     """
     from diffusers import SD3Transformer2DModel
 
@@ -987,13 +1002,14 @@ def plan_memory(settings, config, device):
         "on": unit * (2 * tokens * blocks + 58 * tokens + 28 * image),
     }
     cuda = torch.device(device).type == "cuda"
+    others = 4e9 * cuda + 4e9 * (settings.task != "ocr" and settings.model != "random")
     host = math.inf if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     capacity = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else host
 
     def need(optimizer, checkpointing):  # on the device that computes, in GB
         weight = 2 if settings.dtype == "bf16" else 4
         per_parameter = weight * (1 + (settings.kl > 0)) + 4 + 12 * (optimizer == "cuda" or not cuda)
-        return (parameters * per_parameter + activations[checkpointing] + 4e9 * cuda) / 1e9
+        return (parameters * per_parameter + activations[checkpointing] + others) / 1e9
 
     options = [  # the fastest first
         (optimizer, checkpointing)
@@ -1880,15 +1896,13 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     rewards = gather_rewards(pending, len(images))
     clock.append(time.perf_counter())
     # 3. Compare each image with its group (fdfo: with its twin).
-    if fdfo:
-        final = torch.cat([trajectory.latents[-1] for trajectory in trajectories])
-        advantages, directions = fdfo_direction(final, rewards.to(policy.device))
-        for trajectory, direction in zip(trajectories, directions.split(settings.batch_size)):
-            trajectory.direction = direction
-    else:
-        advantages = group_advantages(rewards, settings.group_size).to(policy.device)
-    for trajectory, advantage in zip(trajectories, advantages.split(settings.batch_size)):
+    advantages = group_advantages(rewards, settings.group_size).to(policy.device).split(settings.batch_size)
+    for trajectory, advantage, reward_part in zip(trajectories, advantages, rewards.split(settings.batch_size)):
         trajectory.advantages = advantage
+        if fdfo:
+            trajectory.advantages, trajectory.direction = fdfo_direction(
+                trajectory.latents[-1], reward_part.to(policy.device)
+            )
         # 4. Allocate: every step of every rollout has a map of its own.
         if blocks:
             trajectory.allocation = arrange_allocation(
@@ -2086,18 +2100,22 @@ def check_settings(settings):
     need(fdfo or settings.churn is None, "--churn belongs to --method fdfo")
     if fdfo:
         need(0 < settings.churn <= 1, "--churn must lie in (0, 1]: without it the two of a pair are the same image")
-        need(settings.group_size % 2 == 0, "--group-size must be even: fdfo compares the two images of a pair")
+        for name in ("group_size", "batch_size"):
+            need(
+                getattr(settings, name) % 2 == 0,
+                f"--{name.replace('_', '-')} must be even: fdfo compares the two images of a pair",
+            )
         need(settings.kl == 0, "--kl must be 0 with --method fdfo: its steps have no density to compare")
         need(
             settings.step_weights == "none",
             "--step-weights must be none with --method fdfo: its steps speak equally loud already",
         )
-    images, batches = settings.prompts_per_iteration * settings.group_size, settings.optimizer_steps
-    whole = images // settings.batch_size * (settings.sampling_steps if fdfo else 1)  # fdfo's batches are shuffled
+    images = settings.prompts_per_iteration * settings.group_size
+    shares = 1 if fdfo else settings.optimizer_steps  # fdfo deals out single denoising steps
     need(
-        settings.evaluate or images % settings.batch_size == 0 and whole % batches == 0,
+        settings.evaluate or images % (settings.batch_size * shares) == 0,
         f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
-        f"{batches} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
+        f"{shares} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
     )
     need(
         not tiny or settings.resolution == TINY["image"],

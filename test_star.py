@@ -528,6 +528,21 @@ def test_allocated_fdfo_weights_the_mean_over_space():
     )
 
 
+def test_fdfo_deals_every_step_once_and_every_trajectory_into_every_optimizer_step():
+    settings = star.parse_settings(["--model", "tiny", "--method", "fdfo"])
+    trajectories = [SimpleNamespace(number=number) for number in range(4)]
+    rounds = star.deal(trajectories, 10, settings, (0, 1))
+    assert [len(work) for work in rounds] == [10] * 4
+    dealt = [(trajectory.number, i) for work in rounds for trajectory, i in work]
+    assert sorted(dealt) == [(number, i) for number in range(4) for i in range(10)]
+    assert all({trajectory.number for trajectory, _ in work} == set(range(4)) for work in rounds)
+    assert rounds != star.deal(trajectories, 10, settings, (0, 2)) and rounds == star.deal(
+        trajectories, 10, settings, (0, 1)
+    )
+    plain = star.deal(trajectories, 9, dataclasses.replace(settings, method="star", optimizer_steps=2), (0, 1))
+    assert [[t.number for t, _ in work] for work in plain] == [[0] * 9 + [1] * 9, [2] * 9 + [3] * 9]
+
+
 def test_the_two_of_a_pair_share_their_noise_but_for_a_little():
     noise = lambda prompt, sample, churn=0.01: star.sample_noise((0, 1), prompt, sample, 6, (16, 12, 12), churn)[0]
     correlation = lambda a, b: torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
@@ -1048,6 +1063,7 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--method fdfo --churn -0.1", "--churn must lie in (0, 1]"),
         ("--churn 0.01", "--churn belongs to --method fdfo"),
         ("--method fdfo --group-size 3 --batch-size 8", "--group-size must be even"),
+        ("--method fdfo --group-size 6 --batch-size 3", "--batch-size must be even"),
         ("--method fdfo --kl 0.01", "--kl must be 0 with --method fdfo"),
         ("--method fdfo --step-weights equal", "--step-weights must be none"),
         ("--learning-rate inf", "--learning-rate"),
