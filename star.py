@@ -16,6 +16,7 @@ to us: where it is silent a comment says what we chose and why, and README.md ha
 
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU, else an embedded tiny model
   python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
+  python star.py --resume                         go on with the last run after any interruption
   python star.py --help                           every setting
 """
 
@@ -35,6 +36,8 @@ import os
 import platform
 import random
 import re
+import shutil
+import signal
 import string
 import sys
 import textwrap
@@ -49,6 +52,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
@@ -534,6 +538,12 @@ class Settings:
     test_prompts: str | None = setting(None, "file, likewise; evaluated in order")
     seed: int = setting(0, "of everything random in the run")
     out: str | None = setting(None, "the run's folder, new or empty; default runs/<task>-<model>-<method>-<time>")
+    save_every: int = setting(5, "iterations between checkpoints; there is also one at the start and at the end")
+    keep: int = setting(2, "checkpoints to keep, the newest; one holds 12 bytes a parameter")
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint, with the run's own settings: of --out, else of the run under "
+        "runs/ that was saved last"
+    )  # fmt: skip
 
     @property
     def blocks(self):
@@ -618,6 +628,7 @@ class Trajectory:
     allocation: torch.Tensor | None = None  # [T, B, P], M
     advantages: torch.Tensor | None = None  # [B], A; fdfo: dR
     direction: torch.Tensor | None = None  # [B, C, H, W], fdfo's d
+    rows: torch.Tensor | None = None  # [B]: which of the iteration's images these are
 
 
 def predict_velocity(transformer, latents, sigma, text, guidance):
@@ -693,16 +704,16 @@ def sample_groups(
 
     prompts: list of Prompt, K of them. key: what the noise depends on besides (prompt, sample): (seed, iteration).
     keep=False: no trajectories, only images, as evaluation wants it.
-    Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together.
+    Returns (trajectories, images [K * copies, 3, h, w] uint8, futures of their rewards), rows of a prompt together;
+    under torchrun the microbatches are dealt to the processes, and these are the rows dealt to this one.
     """
     embeddings, pooled = policy.encode([prompt.text for prompt in prompts])  # [K, ...]: every prompt once
     empty = policy.empty_prompt if settings.guidance > 1 else None
     masks = policy.core_mask(prompts)
-    trajectories, images, jobs, pending = [], [], [], []
-    draws = (
-        len(sigmas) if noise_level > 0 or churn > 0 else 1
-    )  # the start, and the noise of every step where steps are noisy
-    for rows in torch.arange(len(prompts) * copies).split(settings.batch_size):
+    trajectories, jobs, pending = [], [], []
+    images = [torch.empty(0, 3, settings.resolution, settings.resolution, dtype=torch.uint8)]  # if none are dealt here
+    draws = len(sigmas) if noise_level > 0 or churn > 0 else 1  # the start, and every step's noise where there is any
+    for rows in dealt_rows(len(prompts) * copies, settings.batch_size):
         slots = rows // copies
         noise, generators = zip(*[
             sample_noise(key, row // copies, row % copies, draws, policy.latent_shape, churn)
@@ -716,7 +727,7 @@ def sample_groups(
             policy.transformer, text, masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks, keep
         )
         if keep:
-            trajectories.append(Trajectory(text, *steps, generators))
+            trajectories.append(Trajectory(text, *steps, generators, rows=rows))
         images.append(policy.decode(steps[0][-1]))
         jobs.append((images[-1], [prompts[slot] for slot in slots]))
         if reward is not None and policy.device.type != "cpu":  # the GPU samples on while the CPU reads
@@ -750,12 +761,13 @@ def deal(trajectories, trained, settings, key):
     trajectory, by a shuffle of its own for each, so that every optimizer step sees all prompts and all noise levels.
     """
     rounds = [[] for _ in range(settings.optimizer_steps)]
-    for number, trajectory in enumerate(trajectories):
+    for index, trajectory in enumerate(trajectories):
         if settings.method == "fdfo":
+            number = int(trajectory.rows[0]) // settings.batch_size  # among all processes' microbatches
             order = torch.randperm(trained, generator=sample_generator(*key, "update", number)).tolist()
             chosen = [(place * len(rounds) // trained + number) % len(rounds) for place in order]
         else:
-            chosen = [number * len(rounds) // len(trajectories)] * trained
+            chosen = [index * len(rounds) // len(trajectories)] * trained
         for i in range(trained):
             rounds[chosen[i]].append((trajectory, i))
     return rounds
@@ -767,7 +779,7 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
 
     Every forward repeats one of the rollout's: same rows, same batch, same kernels, so before the first optimizer step
     the ratio is exactly 1. Returns statistics averaged over all microbatches and steps; ratio_deviation is the largest
-    |ratio - 1| before the first optimizer step, which must be 0.
+    |ratio - 1| before the first optimizer step, which must be 0. A step of a loss or gradient not finite is skipped.
     """
     transformer = policy.transformer
     weights = step_weights(sigmas, settings.noise_level, settings.step_weights)
@@ -791,17 +803,22 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
                     )
                 kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigma)
                 loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
-            (loss * weights[i] / share).backward()
+            finite = loss.detach() * 0 + 1  # 1, or NaN where the loss is not finite: then the gradient is not, too
+            (loss * finite * weights[i] / share).backward()
             history.append({name: float(value) for name, value in stats.items()})
             if not norms:
                 first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
         norms.append(optimizer.step())
+    skipped = sum(settings.kl == 0 and not trajectory.advantages.any() for trajectory in trajectories)
+    parts = gather([history, int(skipped), first_deviation])
+    history = [stats for part in parts for stats in part[0]]
+    skipped, first_deviation = sum(part[1] for part in parts), max(part[2] for part in parts)
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
     if first_deviation > 0:
         print(f"note: the ratio was off 1 by {first_deviation:.1e} before the first step: rollout and update differ")
-    skipped = sum(settings.kl == 0 and not trajectory.advantages.any() for trajectory in trajectories)
-    averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "gradient_norm": sum(norms) / len(norms)}
-    return averages
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "steps_skipped": len(norms) - len(taken)}
+    return averages | {"gradient_norm": sum(taken) / len(taken) if taken else math.nan}
 
 
 class MasterAdamW:
@@ -811,7 +828,10 @@ class MasterAdamW:
     and fp32 AdamW moments do the update, whose result is copied back. Each gradient is added to its accumulator and
     freed as soon as backward has made it, so gradients never exist twice. With only a few optimizer steps in an
     iteration of hundreds of images, masters and moments may live in host memory (device "cpu"); accumulators do not.
+    Under torchrun the gradient is the mean over the processes, all of which take the same step.
     """
+
+    failures = 0  # steps in a row whose gradient was not finite
 
     def __init__(self, parameters, learning_rate, device=None):
         self.parameters = [p for p in parameters if p.requires_grad]
@@ -831,20 +851,46 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, max_norm=1.0):
-        """Clip the accumulated gradient to max_norm, take one AdamW step, copy back. Returns the unclipped norm."""
+        """Clip the accumulated gradient to max_norm, take one AdamW step, copy back. Returns the unclipped norm; if it
+        is not finite, no step was taken. RunStopped after five of those in a row."""
+        average_gradients(self.gradients, self.parameters)
         present = [gradient for gradient in self.gradients if gradient is not None]
         norm = float(torch.nn.utils.get_total_norm(present)) if present else 0.0
-        if not math.isfinite(norm):
-            raise FloatingPointError("the gradient is not finite; lower --learning-rate")
+        self.failures = 0 if math.isfinite(norm) else self.failures + 1
+        if self.failures >= 5:
+            raise RunStopped("the loss or gradient was not finite in 5 steps in a row; lower --learning-rate")
         for index, master in enumerate(self.masters):
             gradient, self.gradients[index] = self.gradients[index], None
-            if gradient is not None:
+            if gradient is not None and self.failures == 0:
                 master.grad = gradient.mul_(min(1.0, max_norm / (norm + 1e-6))).to(master.device)
-        self.optimizer.step()
+        if self.failures == 0:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         for parameter, master in zip(self.parameters, self.masters):
             parameter.copy_(master)
         return norm
+
+    def state(self):
+        """{kind: {parameter's number: tensor}}, all that an exact resume needs: the weights are the rounded masters."""
+        kinds = {"master": {str(i): master.detach().contiguous() for i, master in enumerate(self.masters)}}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            for kind, value in moments.items():
+                kinds.setdefault(kind, {})[str(i)] = value.contiguous()
+        return kinds
+
+    @torch.no_grad()
+    def load_state(self, kinds):
+        """Take up a state() again: all of it, or ValueError or LookupError."""
+        moments = {}
+        for kind, tensors in kinds.items():
+            for i, tensor in tensors.items():
+                if tensor.shape not in (self.masters[int(i)].shape, ()):
+                    raise ValueError(f"{kind} {i} has the wrong shape")
+                moments.setdefault(int(i), {})[kind] = tensor.clone()  # load_file maps the file, which may go
+        for i, (parameter, master) in enumerate(zip(self.parameters, self.masters)):
+            parameter.copy_(master.copy_(moments[i].pop("master")))
+        moments = {i: state for i, state in moments.items() if state}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
 # ======================================================================================================================
@@ -856,6 +902,10 @@ ROOT = Path(__file__).resolve().parent
 
 class BadInput(Exception):
     """Something the user can mend: printed as one line, exit status 2."""
+
+
+class RunStopped(Exception):
+    """The run cannot go on: printed as one line with the newest checkpoint's name, exit status 1."""
 
 
 class Prompt(NamedTuple):
@@ -951,7 +1001,9 @@ def load_policy(settings, reward, device):
     if settings.model == "tiny":
         settings.gradient_checkpointing = settings.gradient_checkpointing.replace("auto", "off")
         settings.optimizer_device = "cpu"
-        return tiny_policy(settings, reward, device)
+        make_folder(cache_folder())
+        with locked(cache_folder() / "lock", wait=True):  # one process pre-trains it, the others find it
+            return tiny_policy(settings, reward, device)
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     try:
@@ -1148,7 +1200,7 @@ TINY = {  # the recipe of the embedded model: change anything here and it is pre
     "reading_steps": 250,
     "reading_batch": 128,
     "reading_rate": 3e-3,
-    "missing": 0.35,  # of the letters in the pictures: the base learns every letter, and to leave some out
+    "missing": 0.4,  # of the letters in the pictures: the base learns every letter, and to leave some out
     "steps": 900,
     "batch": 32,
     "rate": 1.5e-3,
@@ -1386,7 +1438,7 @@ def read_json(path):
     """The object in a JSON file, or an empty one if it is damaged."""
     try:
         found = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
 
@@ -1402,6 +1454,7 @@ def write_aside(path, write):
     """Write under another name, then rename: whoever reads `path` finds the old file or the new one, never half."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     write(aside)
+    flush(aside)
     os.replace(aside, path)
 
 
@@ -1818,24 +1871,27 @@ EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' 
 def evaluate(policy, prompts, reward, settings):
     """Images of the test prompts, one each, four for geneval: deterministic sampler, fixed seeds.
 
-    Returns (images [B, 3, h, w] uint8, rewards [B], records: a dict an image, for report and evaluation.json).
+    Returns (images [B, 3, h, w] uint8, rewards [B], records: a dict an image, for report and evaluation.json); a reward
+    that failed is NaN.
     """
     copies = 4 if settings.task == "geneval" else 1  # as the benchmark does
     sigmas = policy.sigmas(settings.eval_steps)
     _, images, pending = sample_groups(
         policy, prompts, copies, settings, EVALUATION, sigmas, 0.0, reward=reward, keep=False
     )
-    rewards, records = gather_rewards(pending, len(images)), []
-    for row, future in enumerate(pending):
+    images, rewards, verdicts = gather_rewards(images, pending, len(prompts) * copies, settings)
+    records = []
+    for row, (value, correct) in enumerate(zip(rewards.tolist(), verdicts)):
         prompt = prompts[row // copies]
-        records.append({"prompt": prompt.text, "reward": rewards[row].item()})
+        records.append({"prompt": prompt.text, "reward": value})
         if settings.task == "geneval":
-            records[-1] |= {"tag": prompt.metadata["tag"], "correct": future.result().correct}
+            records[-1] |= {"tag": prompt.metadata["tag"], "correct": correct}
     return images, rewards, records
 
 
 def report(task, records):
     """What an evaluation's records say, as columns of metrics.jsonl. eval_score is the number papers print."""
+    records = [record for record in records if math.isfinite(record["reward"])]
     mean = lambda values: sum(values) / len(values)
     numbers = {"eval_reward": mean([record["reward"] for record in records])}
     if task == "ocr":
@@ -1854,19 +1910,67 @@ def print_table(settings, prompts, columns):
     """columns: {heading: report}, such as before and after."""
     mark = settings.mark
     print(f"\n{mark}{f'{len(prompts)} test prompts':18s}  " + " ".join(f"{heading:>7s}" for heading in columns))
-    for name in next(iter(columns.values())):
+    for name in [name for name in next(iter(columns.values())) if name.startswith("eval_")]:
         label = f"{settings.task} reward" if name == "eval_reward" else name.removeprefix("eval_")
         print(f"{mark}{label:18s}  " + " ".join(f"{numbers[name]:7.3f}" for numbers in columns.values()))
 
 
-def gather_rewards(pending, count):
-    """Wait for the reward futures: [count], one finite number an image, or an error that says which is not."""
-    if len(pending) != count:
-        raise BadInput(f"the reward gave {len(pending)} numbers for {count} images")
-    rewards = torch.tensor([float(future.result()) for future in pending])
-    if not torch.isfinite(rewards).all():
-        raise FloatingPointError(f"the reward of image {int((~torch.isfinite(rewards)).nonzero()[0])} is not finite")
-    return rewards
+def gather_rewards(images, pending, count, settings):
+    """Wait for the reward futures, and bring together what the processes have: (images [count, 3, h, w], rewards
+    [count], verdicts: a list of the benchmark's yes or no where the reward has one, else of None).
+
+    A reward that raises or is not finite is NaN here, with a warning; RunStopped when more than a fifth are.
+    """
+    rows = [row for part in dealt_rows(count, settings.batch_size) for row in part.tolist()]
+    if len(pending) != len(rows):
+        raise BadInput(f"the reward gave {len(pending)} numbers for {len(rows)} images")
+    values, verdicts, faults = [], [], []
+    for row, future in zip(rows, pending):
+        try:
+            score = future.result()
+            value, verdict = float(score), getattr(score, "correct", None)
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is not a finite number")
+        except Exception as error:  # whatever a reward model may raise
+            value, verdict = math.nan, None
+            faults.append(f"image {row}: {type(error).__name__}: {error}")
+        values.append(value)
+        verdicts.append(verdict)
+    rewards, answers, whole = torch.empty(count), [None] * count, images.new_zeros(count, *images.shape[1:])
+    whole[rows] = images
+    if process_rank()[1] > 1:
+        dist.all_reduce(whole)  # an image is zero in all processes but its own
+    parts = gather([rows, values, verdicts, faults])
+    for rows, values, verdicts, _ in parts:
+        for row, value, verdict in zip(rows, values, verdicts):
+            rewards[row], answers[row] = value, verdict
+    faults = [fault for part in parts for fault in part[3]]
+    if faults:
+        tell = f"the reward failed for {len(faults)} of {count} images, first for {faults[0]}"
+        if len(faults) > count / 5:
+            raise RunStopped(tell)
+        tqdm.write(f"warning: {tell}; left out")
+    return whole, rewards, answers
+
+
+def advantages_of_the_rest(rewards, group_size):
+    """group_advantages where rewards may be missing (NaN). Those images have advantage 0 and count neither for their
+    group's mean nor for the batch's std; nor does any image of a group with fewer than two rewards."""
+    kept = torch.isfinite(rewards).view(-1, group_size)
+    kept &= kept.sum(1, keepdim=True) >= 2
+    if kept.all():
+        return group_advantages(rewards, group_size)
+    groups = rewards.double().view(-1, group_size)
+    groups = (groups - groups.gather(1, kept.int().argmax(1, keepdim=True))).where(kept, 0)  # minus the first kept
+    mean = groups.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    std = rewards.double()[kept.flatten()].std(correction=0)
+    return ((groups - mean) / (std + 1e-4)).clamp(-5, 5).where(kept, 0).flatten().float()
+
+
+def ties_for_the_missing(rewards):
+    """fdfo's rewards [2K] where some may be missing (NaN): such a pair becomes a tie, which pulls nowhere."""
+    pairs = rewards.view(-1, 2)
+    return pairs.where(torch.isfinite(pairs).all(1, keepdim=True), 0).flatten()
 
 
 def pick_prompts(prompts, settings, iteration):
@@ -1893,16 +1997,15 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     )  # fmt: skip
     clock.append(time.perf_counter())
     # 2. Reward the final images.
-    rewards = gather_rewards(pending, len(images))
+    images, rewards, _ = gather_rewards(images, pending, len(prompts) * settings.group_size, settings)
     clock.append(time.perf_counter())
     # 3. Compare each image with its group (fdfo: with its twin).
-    advantages = group_advantages(rewards, settings.group_size).to(policy.device).split(settings.batch_size)
-    for trajectory, advantage, reward_part in zip(trajectories, advantages, rewards.split(settings.batch_size)):
-        trajectory.advantages = advantage
+    advantages = advantages_of_the_rest(rewards, settings.group_size)
+    for trajectory in trajectories:
+        trajectory.advantages = advantages[trajectory.rows].to(policy.device)
         if fdfo:
-            trajectory.advantages, trajectory.direction = fdfo_direction(
-                trajectory.latents[-1], reward_part.to(policy.device)
-            )
+            pairs = ties_for_the_missing(rewards[trajectory.rows]).to(policy.device)
+            trajectory.advantages, trajectory.direction = fdfo_direction(trajectory.latents[-1], pairs)
         # 4. Allocate: every step of every rollout has a map of its own.
         if blocks:
             trajectory.allocation = arrange_allocation(
@@ -1913,9 +2016,10 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     stats = update(policy, reference, optimizer, trajectories, sigmas, settings, key)
     clock.append(time.perf_counter())
     seconds = [after - before for before, after in zip(clock, clock[1:])]
+    finite = rewards[torch.isfinite(rewards)]
     metrics = {
-        "iteration": iteration, "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-        **stats,
+        "iteration": iteration, "reward": finite.mean().item(), "reward_std": finite.std(correction=0).item(),
+        "dropped": len(rewards) - len(finite), **stats,
         "seconds_sampling": seconds[0], "seconds_reward": seconds[1], "seconds_update": seconds[2],
         "images_per_second": len(images) / sum(seconds), "peak_memory_gb": peak_memory_gb(policy.device),
     }  # fmt: skip
@@ -1932,31 +2036,290 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-class RunFolder:
-    """What a run leaves behind: config.json, metrics.jsonl, pictures, the trained transformer."""
+# --- several processes, started by torchrun ---------------------------------------------------------------------------
 
-    def __init__(self, path, settings, facts):
-        self.path, self.mark = path, settings.mark
+
+def launched():
+    """(this process's number, how many there are), as torchrun announces them; (0, 1) without it."""
+    announced = dist.is_available() and dist.is_torchelastic_launched()
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if announced else (0, 1)
+
+
+def join_processes(device):
+    """Under torchrun, meet the other processes; until then each one is on its own."""
+    if launched()[1] > 1:
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def process_rank():
+    """(this process's number, how many share the work); (0, 1) for a process on its own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def dealt_rows(count, batch_size):
+    """The microbatches of an iteration's images that are this process's: a list of row numbers [B]."""
+    rank, processes = process_rank()
+    return torch.arange(count).split(batch_size)[rank::processes]
+
+
+def gather(value):
+    """[value of process 0, of process 1, ...] in every process. The value travels as JSON: floats arrive exactly."""
+    processes = process_rank()[1]
+    if processes == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(processes)]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    parts = [torch.empty(int(max(sizes)), dtype=torch.uint8) for _ in range(processes)]
+    dist.all_gather(parts, F.pad(data, (0, len(parts[0]) - len(data))))
+    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes)]
+
+
+def average_gradients(gradients, parameters):
+    """Every gradient becomes its mean over the processes; a process that skipped all its microbatches counts as 0."""
+    processes = process_rank()[1]
+    if processes == 1:
+        return
+    present = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.uint8)
+    dist.all_reduce(present, dist.ReduceOp.MAX)
+    for index, parameter in enumerate(parameters):
+        if present[index]:
+            if gradients[index] is None:
+                gradients[index] = torch.zeros_like(parameter, dtype=torch.float32)
+            dist.all_reduce(gradients[index])
+            gradients[index] /= processes
+
+
+# --- checkpoints: safetensors and JSON, nothing else ------------------------------------------------------------------
+
+FREE_ON_RESUME = {  # these may differ: the mathematics stays the same
+    "out", "resume", "evaluate", "save_every", "keep", "iterations", "eval_every", "optimizer_device",
+    "gradient_checkpointing", "reward_model",
+}  # fmt: skip
+
+
+def fixed_settings(settings, train_prompts, test_prompts, facts, transformer):
+    """What a resumed run must have in common with the checkpoint: the other settings, prompt files by their content."""
+    fixed = {name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_ON_RESUME}
+    return fixed | {
+        "train_prompts": f"{len(train_prompts)} prompts, {digest(train_prompts)[:8]}",
+        "test_prompts": f"{len(test_prompts)} prompts, {digest(test_prompts)[:8]}",
+        "parameters": digest([name for name, _ in transformer.named_parameters()])[:8],
+        "embedded_model": facts and facts["sha256"][:8],
+    }
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def file_digest(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def checkpoints(folder):
+    """{iterations done: path} of a run's checkpoints, the newest first. What is half-written has no such name."""
+    found = {int(path.name): path for path in folder.glob("checkpoints/*") if path.name.isdecimal()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def save_checkpoint(folder, iteration, optimizer, fixed, metrics, keep):
+    """checkpoints/<iterations done>/: masters, moments and metrics.jsonl so far, and checkpoint.json with the next
+    iteration, the settings and the sha256 of every file. Older ones are pruned when it stands."""
+    target, aside = folder / f"checkpoints/{iteration:06d}", folder / "checkpoints/new.part"
+    aside.mkdir(parents=True)
+    for kind, tensors in optimizer.state().items():
+        save_file(tensors, aside / f"{kind}.safetensors")
+    (aside / "metrics.jsonl").write_text(metrics)
+    record = {"next_iteration": iteration + 1, "failures": optimizer.failures, "settings": fixed}
+    record["files"] = {path.name: file_digest(path) for path in sorted(aside.iterdir())}
+    (aside / "checkpoint.json").write_text(json.dumps(record | {"checksum": digest(record)}, indent=1))
+    swap_folder(aside, target)
+    kept = [done for done in checkpoints(folder) if done <= iteration][:keep]
+    for done, path in checkpoints(folder).items():
+        if done not in kept:  # old, or of later iterations, but torn: else the run had been resumed from there
+            shutil.rmtree(path.replace(path.with_suffix(".part")))
+
+
+def read_checkpoint(path):
+    """(record, {kind: tensors}, metrics); whatever is torn or altered raises. No name in the record leads elsewhere."""
+    record = read_json(path / "checkpoint.json")
+    if record.pop("checksum", None) != digest(record):
+        raise ValueError("checkpoint.json is torn or altered")
+    for name, expected in record["files"].items():
+        if not re.fullmatch(r"\w+\.(safetensors|jsonl)", name):
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        if file_digest(path / name) != expected:
+            raise ValueError(f"{name} is torn or altered")
+    kinds = {name[:-12]: load_file(path / name) for name in record["files"] if name.endswith(".safetensors")}
+    return record, kinds, (path / "metrics.jsonl").read_text()
+
+
+def load_checkpoint(folder, optimizer, fixed):
+    """The newest whole checkpoint into the optimizer and its model: (next iteration, metrics so far), or (0, "") where
+    the run has none yet. One that is not whole is named, and the one before is tried. BadInput if none is, or if the
+    settings are not those of the run."""
+    for path in checkpoints(folder).values():
+        try:
+            record, kinds, metrics = read_checkpoint(path)
+            saved = record["settings"]
+            differing = [name for name in saved | fixed if saved.get(name) != fixed.get(name)]
+            if differing:
+                lines = [f"{name} was {saved.get(name)}, is {fixed.get(name)}" for name in differing]
+                raise BadInput(f"--resume would make another run of {folder}: {'; '.join(lines)}")
+            optimizer.load_state(kinds)
+            optimizer.failures = int(record["failures"])
+            print(f"resumed from {path}: {record['next_iteration'] - 1} iterations are done")
+            return record["next_iteration"], metrics
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            print(f"warning: the checkpoint {path} is not whole: {error}")
+    if checkpoints(folder):
+        raise BadInput(f"--resume: no checkpoint in {folder} is whole")
+    print(f"note: there is no checkpoint in {folder} yet, so the run starts at iteration 1")
+    return 0, ""
+
+
+def flush(path):
+    """Wait until a file or folder is on the disk, safe from a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def swap_folder(aside, target):
+    """Give the folder written aside its name; what had that name goes only then."""
+    for path in (*aside.iterdir(), aside):
+        flush(path)
+    if target.exists():
+        target.replace(target.with_suffix(".old.part"))
+    aside.replace(target)
+    flush(target.parent)
+    shutil.rmtree(target.with_suffix(".old.part"), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Hold a lock that dies with the process: wait for it, or BadInput if another process has it."""
+    try:
+        import fcntl
+
+        file = open(path, "a")
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise BadInput(f"another process is at work in {path.parent}") from error
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        file = contextlib.nullcontext()
+    with file:
+        yield
+
+
+@contextlib.contextmanager
+def finish_on_signal():
+    """Within, SIGINT and SIGTERM are only noted, in the dict it yields; another one quits at once, unless it comes
+    within a second: torchrun passes on the Ctrl-C that has already arrived."""
+    noted = {}
+
+    def note(number, _):
+        if noted and time.monotonic() - min(noted.values()) > 1:
+            os._exit(128 + number)
+        noted.setdefault(number, time.monotonic())
+        os.write(2, b"\nfinishing this iteration, then saving; once more to quit at once\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+def guarded(write):
+    """A method of RunFolder that writes: only the first process does, and a full disk is a warning, not the end."""
+
+    @functools.wraps(write)
+    def guard(run, *arguments):
+        if process_rank()[0] > 0:
+            return
+        try:
+            write(run, *arguments)
+            run.unwritten.discard(write.__name__)
+        except (OSError, SafetensorError) as error:
+            run.unwritten.add(write.__name__)
+            with contextlib.suppress(OSError):
+                run.sweep()
+            tqdm.write(f"warning: {write.__name__} failed: {error}; what was there before stays, and the run goes on")
+
+    return guard
+
+
+class RunFolder:
+    """What a run leaves behind: config.json, metrics.jsonl, pictures, checkpoints, the trained transformer."""
+
+    def __init__(self, settings, facts, fixed, optimizer):
+        self.path, self.settings, self.fixed = Path(settings.out), settings, fixed
+        self.next_iteration, self.metrics, self.unwritten, self.tensorboard = 0, "", set(), None
+        if settings.resume:
+            self.next_iteration, self.metrics = load_checkpoint(self.path, optimizer, fixed)
+            if len(set(gather(self.next_iteration))) > 1:
+                raise BadInput(f"--resume: the processes do not find the same checkpoints in {self.path}")
+        if process_rank()[0] > 0:
+            return
         config = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
-        write_aside(path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
-        try:  # a luxury, never needed
+        try:
+            self.sweep()
+            write_aside(self.path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
+            write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(self.metrics))
+        except OSError as error:
+            raise BadInput(f"cannot write in {self.path}: {error.strerror}") from error
+        with contextlib.suppress(ImportError):  # a luxury, never needed
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(path)
-        except ImportError:
-            self.tensorboard = None
+            self.tensorboard = SummaryWriter(self.path, purge_step=self.next_iteration)
+
+    def sweep(self):
+        """Remove what an interrupted or failed write has left."""
+        for path in (*self.path.glob("*.part"), *self.path.glob("checkpoints/*.part")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def log(self, metrics):
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        odd = {name: None for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+        self.metrics += json.dumps(metrics | odd) + "\n"  # JSON has no NaN
+        self.save_metrics(metrics)
+
+    @guarded
+    def save_metrics(self, metrics):
+        write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(self.metrics))
         if self.tensorboard:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(name, value, metrics["iteration"])
 
-    def save_samples(self, name, prompts, images, rewards):
-        records = [{"prompt": prompt.text, "reward": r} for prompt, r in zip(prompts, rewards.tolist())]
-        save_records(self.path / f"{name}.png", images, records, self.mark)
+    @guarded
+    def save_pictures(self, name, images, records):
+        save_records(self.path / f"{name}.png", images, records, self.settings.mark)
+
+    @guarded
+    def save_maps(self, name, policy, prompts):
+        save_strips(self.path / f"{name}.png", policy, prompts, self.settings)
+
+    @guarded
+    def save_transformer(self, transformer):
+        transformer.save_pretrained(self.path / "transformer.part")
+        swap_folder(self.path / "transformer.part", self.path / "transformer")
+
+    @guarded
+    def save(self, iteration, optimizer):
+        save_checkpoint(self.path, iteration, optimizer, self.fixed, self.metrics, self.settings.keep)
 
 
 def versions():
@@ -1970,53 +2333,87 @@ def versions():
 
 
 def choose_device(settings):
-    return "cuda" if torch.cuda.is_available() and settings.model != "tiny" else "cpu"  # tiny is made for the CPU
+    if settings.model == "tiny" or not torch.cuda.is_available():  # tiny is made for the CPU
+        return "cpu"
+    number = int(os.environ["LOCAL_RANK"]) if launched()[1] > 1 else 0
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
 
 
 def train(settings):
-    """The whole run, from two prompt files to a trained model and a table of what it gained."""
+    """From two prompt files to a trained model and a table of what it gained. Returns the exit status."""
     device = choose_device(settings)
     train_prompts = load_prompts(settings.train_prompts, settings.task)
     test_prompts = load_prompts(settings.test_prompts, settings.task)
     reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     make_folder(Path(settings.out))
+    with locked(Path(settings.out) / "lock") if launched()[0] == 0 else contextlib.nullcontext():
+        return train_policy(train_prompts, test_prompts, reward, settings, device)
+
+
+def train_policy(train_prompts, test_prompts, reward, settings, device):
+    """The whole run, in a folder that no other process touches; from its newest checkpoint if --resume asks for it."""
     policy, facts = load_policy(settings, reward, device)
-    run = RunFolder(Path(settings.out), settings, facts)
+    join_processes(device)
     reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
     optimizer = MasterAdamW(
         policy.transformer.parameters(), settings.learning_rate, "cpu" if settings.optimizer_device == "cpu" else None
     )
+    fixed = fixed_settings(settings, train_prompts, test_prompts, facts, policy.transformer)
+    run = RunFolder(settings, facts, fixed, optimizer)
 
     def judge(name, iteration):
         images, _, records = evaluate(policy, test_prompts, reward, settings)
-        save_records(run.path / f"test_{name}.png", images, records, settings.mark)
+        run.save_pictures(f"test_{name}", images, records)
         result = report(settings.task, records)
         numbers = "  ".join(f"{column.removeprefix('eval_')} {value:.3f}" for column, value in result.items())
         tqdm.write(f"{settings.mark}iteration {iteration:4d}  test {numbers}")
         return result
 
-    save_strips(run.path / "maps_before.png", policy, test_prompts[:4], settings)
-    before = after = judge("before", 0)
-    run.log({"iteration": 0, **before})
-    bar = tqdm(range(1, settings.iterations + 1), desc=f"{settings.mark}{settings.method} {settings.task}", unit="it")
-    for iteration in bar:
-        prompts = pick_prompts(train_prompts, settings, iteration - 1)
-        metrics, images, rewards = train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration)
-        if iteration % settings.eval_every == 0 or iteration == settings.iterations:
-            after = judge("after", iteration)
-            rows = [prompt for prompt in prompts for _ in range(settings.group_size)]
-            run.save_samples("train_latest", rows[:32], images[:32], rewards[:32])
-            metrics |= after
-            policy.transformer.save_pretrained(run.path / "transformer")
-        run.log(metrics | ({"random_weights": True} if settings.mark else {}))
-        bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
-    save_strips(run.path / "maps_after.png", policy, test_prompts[:4], settings)
+    if run.next_iteration == 0:
+        run.save_maps("maps_before", policy, test_prompts[:4])
+        run.log({"iteration": 0, **judge("before", 0)})
+        run.save(0, optimizer)
+    lines = [json.loads(line) for line in run.metrics.splitlines()]
+    before, *_, after = [line for line in [*lines, *lines] if "eval_reward" in line]
+    bar = tqdm(
+        range(max(1, run.next_iteration), settings.iterations + 1),
+        desc=f"{settings.mark}{settings.method} {settings.task}",
+        initial=max(1, run.next_iteration) - 1, total=settings.iterations, unit="it", disable=process_rank()[0] > 0,
+    )  # fmt: skip
+    with finish_on_signal() as signals:
+        for iteration in bar:
+            prompts = pick_prompts(train_prompts, settings, iteration - 1)
+            metrics, images, rewards = train_iteration(
+                policy, reference, optimizer, prompts, reward, settings, iteration
+            )
+            if iteration % settings.eval_every == 0 or iteration == settings.iterations:
+                after = judge("after", iteration)
+                rows = [prompt.text for prompt in prompts for _ in range(settings.group_size)]
+                records = [{"prompt": text, "reward": value} for text, value in zip(rows, rewards.tolist())]
+                run.save_pictures("train_latest", images, records)
+                metrics |= after
+                run.save_transformer(policy.transformer)
+            run.log(metrics | ({"random_weights": True} if settings.mark else {}))
+            bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
+            stop = max(gather(max(signals, default=0)))
+            if stop or iteration % settings.save_every == 0 or iteration == settings.iterations:
+                run.save(iteration, optimizer)
+            if stop and iteration < settings.iterations:
+                bar.close()
+                print(f"stopped after iteration {iteration}; go on with --resume --out {run.path}")
+                return 128 + stop
+    run.save_maps("maps_after", policy, test_prompts[:4])
     print_table(settings, test_prompts, {"before": before, "after": after})
     print(f"\npictures, metrics and the trained transformer are in {run.path}")
+    if run.unwritten:
+        raise RunStopped(f"the last time, {', '.join(sorted(run.unwritten))} failed, so {run.path} is not up to date")
+    return 0
 
 
 def evaluate_saved(settings):
-    """--evaluate: a saved transformer in its model's pipeline, scored as training scores it, without training."""
+    """--evaluate: a saved transformer in its model's pipeline, scored as training scores it, without training. Returns
+    the exit status."""
     device = choose_device(settings)
     prompts = load_prompts(settings.test_prompts, settings.task)
     reward = make_reward(settings, device)
@@ -2024,14 +2421,18 @@ def evaluate_saved(settings):
     make_folder(out)
     policy, facts = load_policy(settings, reward, device)
     restore_transformer(policy.transformer, settings.evaluate)
+    join_processes(device)
     images, _, records = evaluate(policy, prompts, reward, settings)
-    numbers = report(settings.task, records)
-    facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
-    result = json.dumps({"result": numbers, **facts, "images": records}, indent=1)
-    write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
-    save_records(out / "evaluation.png", images, records, settings.mark)
-    print_table(settings, prompts, {"score": numbers})
-    print(f"\nevery image's reward and a picture of the first ones are in {out}")
+    if process_rank()[0] == 0:
+        numbers = report(settings.task, records)
+        rows = [{k: None if v != v else v for k, v in record.items()} for record in records]  # JSON has no NaN
+        facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+        result = json.dumps({"result": numbers, **facts, "images": rows}, indent=1)
+        write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
+        save_records(out / "evaluation.png", images, records, settings.mark)
+        print_table(settings, prompts, {"score": numbers})
+        print(f"\nevery image's reward and a picture of the first ones are in {out}")
+    return 0
 
 
 def parse_settings(arguments=None):
@@ -2042,7 +2443,15 @@ def parse_settings(arguments=None):
         Settings, description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=preset_help(),
     )  # fmt: skip
+    arguments = sys.argv[1:] if arguments is None else arguments
     settings = Settings(**vars(parser.parse_args(arguments)))
+    if settings.resume:  # the run's own settings stand before the arguments, which win
+        out = settings.out or newest_run()
+        config = Path(out) / "config.json"
+        saved = read_json(config).get("settings", {}) if config.exists() else {}
+        known = {field.name for field in dataclasses.fields(Settings)} - {"out", "resume"}
+        own = [f"--{name}={saved[name]}" for name in known & saved.keys() if saved[name] is not None]
+        settings = Settings(**vars(parser.parse_args([*own, *arguments, f"--out={out}"])))
     cuda = torch.cuda.is_available()
     if settings.model is None:
         settings.model = SD35 if cuda else "tiny"
@@ -2060,11 +2469,21 @@ def parse_settings(arguments=None):
     if settings.method == "fdfo" and settings.churn is None:
         settings.churn = 0.1 / max(settings.sampling_steps, 1)
     if settings.out is None:
+        if launched()[1] > 1:
+            raise BadInput("--out: under torchrun, name the run's folder, so that all processes mean the same one")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         what = "evaluate" if settings.evaluate else settings.method
         settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{what}-{stamp}"
     check_settings(settings)
     return settings
+
+
+def newest_run():
+    """The run under runs/ that was saved last."""
+    found = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise BadInput("--resume: there is no run with a checkpoint under runs/; name its folder with --out")
+    return found[-1].parent
 
 
 def check_settings(settings):
@@ -2082,7 +2501,10 @@ def check_settings(settings):
     need(settings.task != "ocr" or settings.reward_model is None, "--reward-model: the ocr reward takes none")
     if settings.evaluate is not None:
         saved_transformer(settings.evaluate)
-    for name in ("iterations", "prompts_per_iteration", "batch_size", "optimizer_steps", "eval_every", "eval_steps"):
+    for name in (
+        "iterations", "prompts_per_iteration", "batch_size", "optimizer_steps", "eval_every", "eval_steps",
+        "save_every", "keep",
+    ):  # fmt: skip
         need(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     need(settings.group_size >= 2, "--group-size must be at least 2: an image is compared with the rest of its group")
     need(settings.sampling_steps >= 3, "--sampling-steps must be at least 3: the last step is never trained")
@@ -2111,11 +2533,13 @@ def check_settings(settings):
             "--step-weights must be none with --method fdfo: its steps speak equally loud already",
         )
     images = settings.prompts_per_iteration * settings.group_size
-    shares = 1 if fdfo else settings.optimizer_steps  # fdfo deals out single denoising steps
+    rank, processes = launched()
+    shares = (1 if fdfo else settings.optimizer_steps) * processes  # fdfo deals out single denoising steps
     need(
         settings.evaluate or images % (settings.batch_size * shares) == 0,
         f"{settings.prompts_per_iteration} prompts x {settings.group_size} images = {images} do not split into "
-        f"{shares} optimizer steps of whole batches of {settings.batch_size}; change --batch-size",
+        f"{settings.optimizer_steps} optimizer steps of whole batches of {settings.batch_size} in each of {processes} "
+        "processes; change --batch-size",
     )
     need(
         not tiny or settings.resolution == TINY["image"],
@@ -2131,19 +2555,27 @@ def check_settings(settings):
     )
     out = Path(settings.out)
     need(
-        not out.exists() or out.is_dir() and not any(out.iterdir()), f"--out {out} holds another run; name a new folder"
+        rank > 0 or settings.resume or not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"lock"},
+        f"--out {out} holds another run; name a new folder, or go on with it: --resume",
     )
 
 
 def main():
+    if launched()[0] > 0:  # the first process prints
+        sys.stdout = open(os.devnull, "w")
     try:
         settings = parse_settings()
-        evaluate_saved(settings) if settings.evaluate else train(settings)
+        status = evaluate_saved(settings) if settings.evaluate else train(settings)
+        if process_rank()[1] > 1:
+            dist.destroy_process_group()
+        if status:
+            sys.exit(status)
     except BadInput as error:
         print(f"star.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        print(f"star.py: stopped: {error}; the last evaluated weights are in the run's folder", file=sys.stderr)
+    except RunStopped as error:
+        newest = next(iter(checkpoints(Path(settings.out)).values()), "none")
+        print(f"star.py: stopped: {error}; the newest checkpoint: {newest}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         print(
@@ -2153,6 +2585,8 @@ def main():
             file=sys.stderr,
         )
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

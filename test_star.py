@@ -7,10 +7,17 @@ import copy
 import dataclasses
 import json
 import math
+import mmap
+import os
+import pickle
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -530,7 +537,7 @@ def test_allocated_fdfo_weights_the_mean_over_space():
 
 def test_fdfo_deals_every_step_once_and_every_trajectory_into_every_optimizer_step():
     settings = star.parse_settings(["--model", "tiny", "--method", "fdfo"])
-    trajectories = [SimpleNamespace(number=number) for number in range(4)]
+    trajectories = [SimpleNamespace(number=n, rows=torch.arange(32) + 32 * n) for n in range(4)]
     rounds = star.deal(trajectories, 10, settings, (0, 1))
     assert [len(work) for work in rounds] == [10] * 4
     dealt = [(trajectory.number, i) for work in rounds for trajectory, i in work]
@@ -825,14 +832,24 @@ def test_pick_score_is_the_scaled_cosine():
     torch.testing.assert_close(star.pick_score(image, text, torch.tensor(100.0).log()), torch.tensor([60.0, 100.0]))
 
 
-def test_rewards_must_be_finite_and_as_many_as_images():
-    futures = [Future() for _ in range(2)]
-    for future, value in zip(futures, (0.5, math.nan)):
-        future.set_result(value)
-    with pytest.raises(FloatingPointError, match="image 1 is not finite"):
-        star.gather_rewards(futures, 2)
-    with pytest.raises(star.BadInput, match="1 numbers for 2 images"):
-        star.gather_rewards(futures[:1], 2)
+def test_rewards_must_be_finite_and_as_many_as_images(capsys):
+    settings, images = star.parse_settings(["--model", "tiny"]), torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
+    futures = [Future() for _ in range(8)]
+    for index, future in enumerate(futures):
+        future.set_result(index / 8 if index != 1 else math.nan)
+    _, rewards, _ = star.gather_rewards(images, futures, 8, settings)
+    assert rewards.isnan().tolist() == [index == 1 for index in range(8)] and rewards[7] == 7 / 8
+    assert (
+        "failed for 1 of 8 images, first for image 1: ValueError: nan is not a finite number" in capsys.readouterr().out
+    )
+    with pytest.raises(star.BadInput, match="7 numbers for 8 images"):
+        star.gather_rewards(images, futures[1:], 8, settings)
+
+
+def test_a_pair_that_lacks_a_reward_is_a_tie():
+    nan = math.nan
+    pairs = star.ties_for_the_missing(torch.tensor([0.1, 0.5, nan, 0.9, 0.2, nan, nan, nan]))
+    assert pairs.tolist() == pytest.approx([0.1, 0.5, 0, 0, 0, 0, 0, 0])
 
 
 def save_clip(path):
@@ -1077,6 +1094,8 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--evaluate {used}", "wanted a saved SD3Transformer2DModel, found no model"),
         ("--task geneval --model sd3 --reward-model {used}", "detector cannot be loaded"),
         ("--task pickscore --model sd3 --reward-model {used}", "cannot be loaded"),
+        ("--save-every 0", "--save-every must be at least 1"),
+        ("--keep 0", "--keep must be at least 1"),
     ],
 )
 def test_bad_settings_end_with_one_line_before_any_work(tmp_path, monkeypatch, arguments, message):
@@ -1120,7 +1139,7 @@ def test_the_readme_names_only_flags_and_functions_that_exist():
     readme = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", readme))
     known = {field.name.replace("_", "-") for field in dataclasses.fields(star.Settings)}
-    assert flags and flags <= known | {"help"}
+    assert flags and flags <= known | {"help", "nproc-per-node", "shutdown-timeout"}  # the last two are torchrun's
     method = readme.split("## The method in five steps")[1].split("\n## ")[0]
     functions = set(re.findall(r"`([a-z_]+)`", method))
     assert len(functions) >= 10 and all(callable(getattr(star, name, None)) for name in functions), functions
@@ -1321,13 +1340,20 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a sign that says "CAT"\n"A" on it\n')
     monkeypatch.setattr(star.OCRReward, "score", brightness)
-    star.train(star.parse_settings([
-        *f"--model {tmp_path}/sd3 --iterations 1 --prompts-per-iteration 2 --group-size 4 --batch-size 4".split(),
+    arguments = [
+        *f"--model {tmp_path}/sd3 --iterations 2 --prompts-per-iteration 2 --group-size 4 --batch-size 4".split(),
         *f"--resolution 16 --t5-length 16 --sampling-steps 4 --eval-steps 3 --out {tmp_path}/run".split(),
-        *f"--train-prompts {prompts} --test-prompts {prompts}".split(),
-    ]))  # fmt: skip
+        *f"--train-prompts {prompts} --test-prompts {prompts} --save-every 1".split(),
+    ]  # fmt: skip
+    star.train(star.parse_settings(arguments))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["ratio_deviation"] == 0 and line["gradient_norm"] > 0 and line["kl"] >= 0
+    straight = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/000002")
+    star.train(star.parse_settings(["--resume", "--out", f"{tmp_path}/run"]))
+    assert outcome(tmp_path / "run") == straight
+    from safetensors.torch import load_file
+
     saved = load_file(tmp_path / "run/transformer/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
@@ -1429,6 +1455,379 @@ def test_running_out_of_gpu_memory_ends_with_what_to_change(monkeypatch, capsys)
     assert stop.value.code == 1 and "--gradient-checkpointing on" in capsys.readouterr().err
 
 
+# --- a run that cannot be lost: resume, faults, several processes -----------------------------------------------------
+
+SHORT = (  # six iterations in about two seconds, with an evaluation and a checkpoint at every second one
+    "--model tiny --attention-blocks 0 --prompts-per-iteration 2 --group-size 4 --batch-size 2 --sampling-steps 4 "
+    "--eval-steps 3 --iterations 6 --eval-every 2 --save-every 2"
+).split()
+
+
+def shrink(folder, setattr=setattr):
+    """The smallest embedded model, hardly pre-trained, judged by its pictures' brightness; returns the arguments."""
+    small = {"layers": 1, "heads": 1, "steps": 2, "judge_after": 9, "reading_steps": 2, "reading_batch": 4, "batch": 4}
+    setattr(star, "TINY", star.TINY | small)
+    setattr(star, "cache_folder", lambda: folder / "cache")
+    setattr(star.OCRReward, "score", brightness)
+    (folder / "test.txt").write_text('a sign that says "CAT"\na wall that says "DOG"\n')
+    return [*SHORT, "--test-prompts", str(folder / "test.txt")]
+
+
+@pytest.fixture(scope="module")
+def short_base(tmp_path_factory):
+    return tmp_path_factory.mktemp("short")
+
+
+@pytest.fixture
+def short(short_base, tmp_path, monkeypatch):
+    """short(arguments, name) trains a run in the folder `name`: (exit status, folder)."""
+    shared = shrink(short_base, monkeypatch.setattr)
+    monkeypatch.setattr(star.os, "cpu_count", lambda: 1)  # rewards one after another
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def train(arguments="", name="run"):
+        out = tmp_path / name
+        return star.train(star.parse_settings([*shared, *arguments.split(), "--out", str(out)])), out
+
+    yield train
+    torch.set_num_threads(threads)
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(out):
+    """All of a run that must be equal bit for bit: metrics (not the clock's), last checkpoint, trained transformer."""
+    clock = lambda name: name.startswith("seconds_") or name in ("images_per_second", "peak_memory_gb")
+    metrics = [{name: value for name, value in line.items() if not clock(name)} for line in metrics_of(out)]
+    newest = next(iter(star.checkpoints(out).values()))
+    files = sorted([*newest.glob("*.safetensors"), *(out / "transformer").iterdir()])
+    return metrics, {str(path.relative_to(out)): star.file_digest(path) for path in files}
+
+
+def faulty(faults):
+    """brightness, but at its n-th call (test prompts take 1 and 2, the first iteration 3 to 10) faults[n]() speaks."""
+    calls = iter(range(1, 10**9))
+
+    def score(*arguments):
+        value = faults.get(next(calls), lambda: None)()
+        return brightness(*arguments) if value is None else value
+
+    return score
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["star", "flow-grpo", "fdfo"])
+def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(short, monkeypatch, capsys, method, dtype):
+    arguments = f"--method {method} --dtype {dtype}"
+    status, straight = short(arguments, "straight")
+    assert status == 0 and [line["iteration"] for line in metrics_of(straight)] == list(range(7))
+    with monkeypatch.context() as context:  # a signal in the third iteration: finished, saved, and said how to go on
+        context.setattr(star.OCRReward, "score", faulty({23: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+        status, stopped = short(arguments, "stopped")
+    assert status == 128 + signal.SIGTERM and f"go on with --resume --out {stopped}" in capsys.readouterr().out
+    assert list(star.checkpoints(stopped)) == [3, 2]
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "rew')  # torn by a power cut
+    assert star.train(star.parse_settings(["--resume", "--out", str(stopped)])) == 0  # with the run's own settings
+    assert outcome(stopped) == outcome(straight)
+    assert capsys.readouterr().out.count("before   after") == 1 and len(outcome(straight)[1]) == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_runs_killed_at_random_moments_end_bitwise_as_the_run_that_was_not(tmp_path):
+    report = own_process("kill", "12", tmp_path)
+    print(report)
+    assert report["kills"] >= 12 and report["runs"] >= 1
+    assert all(report[moment] > 0 for moment in ("sample_groups", "update", "save_checkpoint"))
+
+
+def own_process(*arguments):
+    """`python test_star.py ...` in a process of its own; its last line, which is JSON."""
+    run = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forge(path, **changes):
+    """Change a checkpoint's record, with a checksum that fits."""
+    record = json.loads(path.read_text()) | changes
+    del record["checksum"]
+    path.write_text(json.dumps(record | {"checksum": star.digest(record)}))
+
+
+def test_a_torn_or_altered_checkpoint_is_named_and_the_one_before_is_used(short, tmp_path, capsys):
+    straight = outcome(short("--iterations 4 --keep 3", "run")[1])
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    evil = {"../../whole/config.json": "0" * 64}
+    attacks = {
+        "master.safetensors is torn": lambda path: os.truncate(path / "master.safetensors", 1000),
+        "exp_avg.safetensors is torn": lambda path: flip_a_bit(path / "exp_avg.safetensors"),
+        "metrics.jsonl is torn": lambda path: flip_a_bit(path / "metrics.jsonl"),
+        "step.safetensors": lambda path: (path / "step.safetensors").unlink(),
+        "checkpoint.json is torn": lambda path: os.truncate(path / "checkpoint.json", 100),
+        "checkpoint.json": lambda path: (path / "checkpoint.json").unlink(),
+        "checkpoint.json is torn or": lambda path: flip_a_bit(path / "checkpoint.json"),
+        "'../../whole/config.json' is no file": lambda path: forge(path / "checkpoint.json", files=evil),
+        "'x.pkl' is no file": lambda path: forge(path / "checkpoint.json", files={"x.pkl": "0"}),
+        "has no attribute": lambda path: forge(path / "checkpoint.json", files=None),
+        "No such file": lambda path: forge(path / "checkpoint.json", files={"y.safetensors": "0"}),
+        "whole: 0": lambda path: forge(path / "checkpoint.json", files={}),  # no weights at all
+    }
+    for message, attack in attacks.items():
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        attack(tmp_path / "run/checkpoints/000004")
+        short("--resume --iterations 2", "run")
+        printed = capsys.readouterr().out
+        assert "000004 is not whole: " in printed and message in printed and "000002: 2 iterations" in printed
+    short("--resume --iterations 4", "run")  # the last of them is redone and replaced
+    assert outcome(tmp_path / "run") == straight
+    for path in star.checkpoints(tmp_path / "run").values():
+        flip_a_bit(path / "master.safetensors")
+    with pytest.raises(star.BadInput, match="no checkpoint in .* is whole"):
+        short("--resume", "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")  # killed before the first one stood
+    short("--resume --iterations 4", "run")
+    assert "starts at iteration 1" in capsys.readouterr().out and outcome(tmp_path / "run") == straight
+
+
+def test_settings_that_change_the_mathematics_may_not_differ_on_resume(short, tmp_path, capsys):
+    out = short("--iterations 2")[1]
+    other = tmp_path / "other.txt"
+    other.write_text('a sign that says "CAT"\n')
+    with pytest.raises(star.BadInput) as error:
+        short(f"--resume --seed 1 --learning-rate 1e-3 --train-prompts {other}")
+    for words in ("seed was 0, is 1", "learning_rate was 0.00015, is 0.001", "train_prompts was", "is 1 prompts"):
+        assert words in str(error.value)
+    assert "clip_range" not in str(error.value)
+    moved = tmp_path / "moved.txt"  # the same prompts elsewhere are the same
+    shutil.copy(ROOT / "prompts/tiny/train.txt", moved)
+    assert short(f"--resume --iterations 4 --eval-every 3 --save-every 1 --keep 5 --train-prompts {moved}")[0] == 0
+    assert list(star.checkpoints(out)) == [4, 3, 2, 0] and [line["iteration"] for line in metrics_of(out)] == [
+        *range(5)
+    ]
+    (out / "config.json").write_text('{"settings": {"out": "/elsewhere", "no_such_setting": 1, "seed": 0}}')  # by hand
+    assert short("--resume --iterations 4")[0] == 0 and "resumed from" in capsys.readouterr().out
+
+
+def test_resume_alone_takes_the_run_saved_last(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(star.BadInput, match="no run with a checkpoint under runs/"):
+        star.parse_settings(["--resume"])
+    for name in ("b", "a"):
+        short("--iterations 2", f"runs/{name}")
+    assert star.parse_settings(["--resume"]).out == "runs/a" and star.parse_settings(["--resume"]).sampling_steps == 4
+
+
+def test_old_checkpoints_go_only_when_a_new_one_stands(short, monkeypatch):
+    seen, swap = [], star.swap_folder
+    monkeypatch.setattr(
+        star,
+        "swap_folder",
+        lambda aside, target: (seen.append(star.checkpoints(target.parents[1])), swap(aside, target)),
+    )
+    _, out = short("--save-every 1 --keep 1 --eval-every 9")
+    before_each = [list(found) for found in seen if found]  # the transformer's own swap sees the same folder
+    assert before_each[:3] == [[0], [1], [2]] and list(star.checkpoints(out)) == [6]
+
+
+def test_an_image_without_a_reward_is_left_out_of_its_group():
+    rewards = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.2, 0.8])
+    assert torch.equal(star.advantages_of_the_rest(rewards, 3), star.group_advantages(rewards, 3))
+    nan = math.nan
+    rest = star.advantages_of_the_rest(torch.tensor([0.1, nan, 0.9, 0.3, 0.2, 0.2, nan, 0.2, nan, nan, 0.7, nan]), 4)
+    std = torch.tensor([0.1, 0.9, 0.3, 0.2, 0.2, 0.2], dtype=torch.float64).std(correction=0).item() + 1e-4
+    by_hand = [(value - 1.3 / 3) / std for value in (0.1, 0.9, 0.3)]
+    expected = [by_hand[0], 0, *by_hand[1:], *[0] * 8]  # equal rewards; a group of one: exactly nothing
+    assert rest.tolist() == pytest.approx(expected, abs=1e-6) and not rest[4:].any()
+
+
+def test_a_failing_reward_costs_its_image_and_many_stop_the_run(short, monkeypatch, capsys):
+    monkeypatch.setattr(star.OCRReward, "score", faulty({4: lambda: fail(KeyError("no box")), 13: lambda: math.nan}))
+    status, out = short("--iterations 3 --eval-every 9")
+    assert status == 0 and [line["dropped"] for line in metrics_of(out)[1:]] == [1, 1, 0]
+    assert all(math.isfinite(line["reward"]) and line["gradient_norm"] > 0 for line in metrics_of(out)[1:])
+    printed = capsys.readouterr().out
+    assert "failed for 1 of 8 images, first for image 1: KeyError: 'no box'" in printed and "ValueError: nan" in printed
+    monkeypatch.setattr(star.OCRReward, "score", faulty({n: lambda: fail(OSError("engine gone")) for n in (12, 15)}))
+    with pytest.raises(star.RunStopped, match="failed for 2 of 8 images, first for image 1: OSError: engine gone"):
+        short("", "stopped")
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_stop_the_run(short, tmp_path, monkeypatch, capsys):
+    whole, calls = star.policy_loss, iter(range(10**9))
+    bad = set()
+
+    def policy_loss(*arguments):  # 3 trained steps a microbatch, 2 microbatches an optimizer step, 2 steps an iteration
+        loss, *others = whole(*arguments)
+        call = next(calls)
+        return (loss + math.nan if call in bad else loss * math.inf if -call in bad else loss), *others
+
+    monkeypatch.setattr(star, "policy_loss", policy_loss)
+    bad |= {14, -20}  # the loss is nan, then the gradient, in both steps of the second iteration
+    _, out = short("--iterations 3 --eval-every 9 --save-every 1 --keep 9")
+    assert [line["steps_skipped"] for line in metrics_of(out)[1:]] == [0, 2, 0]
+    assert metrics_of(out)[2]["gradient_norm"] is None and metrics_of(out)[3]["gradient_norm"] > 0
+    masters = [star.file_digest(path / "master.safetensors") for path in star.checkpoints(out).values()]
+    assert masters[1] == masters[2] and len(set(masters)) == 3  # 3 differs from 2, which is 1, which differs from 0
+    calls, bad = iter(range(10**9)), set(range(12, 99))
+    monkeypatch.setattr(sys, "argv", ["star.py", *shrink(tmp_path, monkeypatch.setattr), "--out", str(tmp_path / "x")])
+    monkeypatch.setattr(star, "cache_folder", lambda: tmp_path / "cache")
+    with pytest.raises(SystemExit) as stop:
+        star.main()
+    assert stop.value.code == 1
+    said = "not finite in 5 steps in a row; lower --learning-rate; the newest checkpoint: "
+    assert f"{said}{tmp_path}/x/checkpoints/000002" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits")
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(short, monkeypatch, capsys):
+    """A limit on the size of files stands for it: the system itself refuses, in the middle of a write."""
+    import resource
+
+    free, save = resource.getrlimit(resource.RLIMIT_FSIZE), star.save_checkpoint
+
+    def full_at_4(folder, iteration, *arguments):
+        if iteration == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, free[1]))
+        try:
+            save(folder, iteration, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, free)
+
+    monkeypatch.setattr(star, "save_checkpoint", full_at_4)
+    status, out = short("--keep 9")
+    assert status == 0 and "warning: save failed: " in capsys.readouterr().out
+    assert list(star.checkpoints(out)) == [6, 2, 0] and not list(out.glob("**/*.part"))
+    monkeypatch.setattr(star, "save_checkpoint", lambda *_: fail(OSError("no space left")))
+    with pytest.raises(star.RunStopped, match="the last time, save failed"):  # the end says what is missing
+        short("--iterations 2", "x")
+
+
+def test_a_second_process_on_the_same_folder_is_refused(short, tmp_path):
+    _, out = short("--iterations 1")
+    with star.locked(out / "lock"), pytest.raises(star.BadInput, match="another process is at work in"):
+        short("--resume --iterations 2")
+    assert short("--resume --iterations 2")[0] == 0
+
+
+def test_no_pickle_no_remote_code_and_no_way_out_of_the_run_folder(short, tmp_path):
+    source = (ROOT / "star.py").read_text()
+    for word in ("pickle", "torch.save", "torch.load", "weights_only", "_object", "remote_code", "eval(", "exec("):
+        assert not re.search(rf"(?<![\w.]){re.escape(word)}", source), word
+    victim, trap = tmp_path / "victim", tmp_path / "trap.txt"
+
+    class Trap:
+        def __reduce__(self):
+            return (victim.touch, ())
+
+    trap.write_text('../../../escape "../../escape"\n/etc/passwd "\\..\\x/y"\n')
+    _, out = short(f"--iterations 2 --train-prompts {trap} --test-prompts {trap}")
+    for name in ("master.pkl", "optimizer.pt", "pytorch_model.bin", "metrics.pickle"):
+        for folder in (out / "checkpoints/000002", out):
+            (folder / name).write_bytes(pickle.dumps(Trap()))
+    (out / "checkpoints/../../000009").mkdir()
+    short(f"--resume --iterations 4 --train-prompts {trap} --test-prompts {trap}")
+    assert not victim.exists() and {path.name for path in tmp_path.iterdir()} == {"run", "trap.txt", "000009"}
+    assert {path.suffix for path in out.iterdir()} <= {".json", ".jsonl", ".png", ".pkl", ".pt", ".bin", ".pickle", ""}
+
+
+def test_settings_under_torchrun(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        star.BadInput, match="do not split into 2 optimizer steps of whole batches of 32 in each of 4 processes"
+    ):
+        star.parse_settings(["--model", "tiny", "--out", "x"])
+    with pytest.raises(star.BadInput, match="--out: under torchrun, name the run's folder"):
+        star.parse_settings(["--model", "tiny", "--batch-size", "16"])
+    assert star.parse_settings(["--model", "tiny", "--batch-size", "16", "--out", "x"]).batch_size == 16
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def keep_samples(path):
+    """Let star.sample_groups leave the first iteration's latents in a file: [B, T + 1, ...] and their rows."""
+    from safetensors.torch import save_file
+
+    sample = star.sample_groups
+
+    def sample_groups(policy, prompts, copies, settings, key, *arguments, **more):
+        found = sample(policy, prompts, copies, settings, key, *arguments, **more)
+        if key == (settings.seed, 1):
+            tensors = {"rows": [t.rows for t in found[0]], "latents": [t.latents.transpose(0, 1) for t in found[0]]}
+            save_file({name: torch.cat(parts).contiguous() for name, parts in tensors.items()}, path)
+        return found
+
+    star.sample_groups = sample_groups
+
+
+def process(folder, fate, *arguments):
+    """One of torchrun's processes: a short run, in which the second one may kill itself in the fourth iteration."""
+    folder, rank, update, calls = Path(folder), os.environ["RANK"], star.update, iter(range(99))
+    keep_samples(folder / f"samples-{fate}-{rank}.safetensors")
+
+    def deadly(*arguments):
+        if (fate, rank, next(calls)) == ("die", "1", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*arguments)
+
+    star.update = deadly
+    sys.argv = ["star.py", *shrink(folder), *arguments]
+    star.main()
+
+
+@pytest.mark.parametrize("method", ["star", "fdfo"])
+def test_two_processes_do_what_one_does_and_die_together(short, short_base, tmp_path, monkeypatch, method):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(star, "sample_groups", star.sample_groups)  # to be put back after keep_samples
+    keep_samples(tmp_path / "one.safetensors")
+    one, two = short(f"--keep 9 --method {method}", "one")[1], tmp_path / "two"
+    died = torchrun(  # the second process dies in the fourth iteration
+        "process", short_base, "die", "--keep", "9", "--method", method, "--out", two
+    )
+    assert died.returncode != 0 and list(star.checkpoints(two)) == [2, 0]
+    resumed = torchrun("process", short_base, "live", "--resume", "--out", two)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stdout and resumed.stdout.count("before   after") == 1
+    samples = load_file(tmp_path / "one.safetensors")
+    parts = [load_file(short_base / f"samples-die-{rank}.safetensors") for rank in (0, 1)]
+    rows = torch.cat([part["rows"] for part in parts])
+    assert len(parts[0]["rows"]) == 4 and sorted(rows.tolist()) == samples["rows"].tolist() == list(range(8))
+    assert torch.equal(torch.cat([part["latents"] for part in parts])[rows.argsort()], samples["latents"])
+    ours, theirs = outcome(one)[0], outcome(two)[0]
+    assert [line["iteration"] for line in theirs] == list(range(7)) and ours[0] == theirs[0]
+    for name in ("reward", "reward_std", "ratio_deviation", "skipped", "dropped", "steps_skipped"):
+        assert ours[1][name] == theirs[1][name]  # as is everything that comes before the first optimizer step
+    for line, other in zip(ours[1:], theirs[1:]):
+        assert line.keys() == other.keys() and other["gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-3)
+    start, end, other = (
+        torch.cat([master.flatten() for _, master in sorted(load_file(path / "master.safetensors").items())])
+        for path in (one / "checkpoints/000000", one / "checkpoints/000006", two / "checkpoints/000006")
+    )
+    apart = ((other - end).norm() / (end - start).norm()).item()
+    print(f"after 12 optimizer steps two processes are apart by {apart:.1e} of the way one has gone")
+    assert 0 < apart < 1e-3
+
+
 # --- the cost of STAR, measured: python test_star.py ------------------------------------------------------------------
 
 
@@ -1453,5 +1852,82 @@ def measure_cost(rounds=10):
     print(f"star / flow-grpo, sampling + update: median {median:.3f}, {spread}, n = {rounds}")
 
 
+# --- kills, by hand: python test_star.py kill 100 ---------------------------------------------------------------------
+
+
+def kill_runs(kills="100", folder=None):
+    """Kill a run at a random moment, resume it, kill it again, ...: each, once it ends, must equal the unkilled run.
+
+    Every run is a process of its own, forked from this one after the slow imports, and killed by SIGKILL. It marks in
+    shared memory what it is doing, so that we can aim, and count where we hit.
+    """
+    torch.set_num_threads(1)
+    kills, folder = int(kills), Path(folder or tempfile.mkdtemp())
+    moments, doing, draw = (
+        ("elsewhere", "sample_groups", "update", "save_checkpoint"),
+        mmap.mmap(-1, 1),
+        random.Random(),
+    )
+    arguments = shrink(folder)
+    star.parse_settings([*arguments, "--out", str(folder / "none")]), star.OCRReward(), star.tiny_pipeline()  # import
+    for number, name in enumerate(moments[1:], 1):
+
+        def marked(*args, number=number, function=getattr(star, name), **kwargs):
+            before, doing[0] = doing[0], number
+            try:
+                return function(*args, **kwargs)
+            finally:
+                doing[0] = before
+
+        setattr(star, name, marked)
+
+    def begin(out):
+        doing[0] = 0
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                sys.stdout, sys.stderr = open(folder / "log", "a"), open(folder / "log", "a")
+                sys.argv = ["star.py", *arguments, "--resume", "--out", str(out)]
+                star.main()
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        return child
+
+    def ended(child, flag=0):
+        """None while it runs; 0 if it came to its end, or the signal that killed it."""
+        found, status = os.waitpid(child, flag)
+        assert found == 0 or status in (0, signal.SIGKILL), f"a run failed: see {folder}/log"
+        return status if found else None
+
+    for name in ("straight", "again"):  # the first one pre-trains the base
+        began = time.monotonic()
+        ended(begin(folder / name))
+    duration, expected = time.monotonic() - began, outcome(folder / "straight")
+    assert outcome(folder / "again") == expected, "two runs that nobody killed differ"
+    hits, runs, status = dict.fromkeys(moments, 0), 0, 0
+    while sum(hits.values()) < kills or not all([*hits.values()][1:]) or status != 0:
+        runs += status == 0
+        out = folder / f"run-{runs}"
+        child, aim = begin(out), sum(hits.values()) % len(moments) if sum(hits.values()) < kills else None
+        wait, status = time.monotonic() + 0.6 * draw.random() * duration, None
+        while status is None and (aim is None or time.monotonic() < wait or aim and doing[0] != aim):
+            time.sleep(0.0002)
+            status = ended(child, os.WNOHANG)
+        if status is None:
+            time.sleep(draw.random() * 0.01)
+            os.kill(child, signal.SIGKILL)
+            status = ended(child)
+        if status == 0:
+            assert outcome(out) == expected, f"{out} differs from {folder}/straight"
+        else:
+            hits[moments[doing[0]]] += 1
+    print(json.dumps({"kills": sum(hits.values()), "runs": runs, **hits}))
+
+
 if __name__ == "__main__":
-    measure_cost()
+    {"kill": kill_runs, "process": process}.get(sys.argv[1] if sys.argv[1:] else "", measure_cost)(*sys.argv[2:])
