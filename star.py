@@ -565,7 +565,7 @@ METHODS = {  # what each method's own papers take; stands above the model's pres
 }  # fmt: skip
 PRESETS = {
     "tiny": dict(
-        attention_blocks="3", step_weights="equal", iterations=40, prompts_per_iteration=8, group_size=16,
+        attention_blocks="3", step_weights="equal", iterations=45, prompts_per_iteration=8, group_size=16,
         batch_size=32, learning_rate=1.5e-4, kl=0.0, guidance=1.0, sampling_steps=10, eval_every=10, eval_steps=10,
         resolution=48, t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt",
         test_prompts="prompts/tiny/test.txt",
@@ -1204,13 +1204,13 @@ TINY = {  # the recipe of the embedded model: change anything here and it is pre
     "reading_steps": 250,
     "reading_batch": 128,
     "reading_rate": 3e-3,
-    "missing": 0.4,  # of the letters in the pictures: the base learns every letter, and to leave some out
-    "steps": 900,
+    "missing": 0.45,  # of the letters in the pictures: the base learns every letter, and to leave some out
+    "steps": 1100,
     "batch": 32,
     "rate": 1.5e-3,
     "matrix_rate": 4.5e-3,
     "judge_after": 500,
-    "judge_every": 100,
+    "judge_every": 200,
     "stop_reward": 0.6,  # on training words: the base is to be a poor speller
     "seed": 0,
 }

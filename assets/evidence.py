@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -66,34 +65,23 @@ def train_one(job):
     arm, seed = job
     name = f"{arm}-{seed}"
     out = ROOT / "runs/evidence" / name
-    shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "star.py",
-        *COMMON.split(),
-        *ARMS[arm][0].split(),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f"{name}.log", "w") as log:
+    how = ["--resume"] if out.exists() else [*COMMON.split(), *ARMS[arm][0].split(), "--seed", str(seed)]
+    with open(out.parent / f"{name}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs on two cores beat one on both
+        command = [sys.executable, "star.py", *how, "--out", str(out)]
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    lines[-1] |= second_judge(out, seed)
+    lines[-1] |= second_judge(out)
     (RUNS / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return name
 
 
-def second_judge(out, seed):
+def second_judge(out):
     """Exact-match and character error rate of the test images under Tesseract."""
-    from diffusers import SD3Transformer2DModel
-
     settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
     policy, _ = star.load_policy(settings, reward, "cpu")
-    policy.transformer = SD3Transformer2DModel.from_pretrained(out / "transformer").eval()
+    star.restore_transformer(policy.transformer, out)
     prompts = star.load_prompts(settings.test_prompts, "ocr")
     images = star.evaluate(policy, prompts, reward, settings)[0]
     targets = [star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))]) for prompt in prompts]
@@ -228,7 +216,7 @@ def why(batches=8):
             policy, chosen, settings.group_size, settings, (settings.seed, 1000 + batch), sigmas, settings.noise_level,
             reward=reward, blocks=settings.blocks,
         )  # fmt: skip
-        rewards = star.gather_rewards(pending)
+        images, rewards, _ = star.gather_rewards(images, pending, len(images), settings)
         advantages = star.group_advantages(rewards, settings.group_size).split(settings.batch_size)
         inside = torch.stack([text_tokens(reward, image) for image in images]).split(settings.batch_size)
         for trajectory, advantage, cells in zip(trajectories, advantages, inside):
