@@ -44,6 +44,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -519,7 +520,9 @@ class Settings:
     clip_range: float | None = setting(None, "eps of an image-level ratio; star's regions have eps sqrt(P)")
     kl: float | None = setting(None, "weight of the KL to the starting model; 0 keeps no reference copy")
     guidance: float | None = setting(None, "classifier-free guidance, in sampling, update and evaluation; 1 = off")
-    sampling_steps: int | None = setting(None, "denoising steps of a rollout, all but the last trained (Flow-GRPO: 10)")
+    sampling_steps: int | None = setting(
+        None, "denoising steps of a rollout; star and flow-grpo train all but the last (10: Flow-GRPO)"
+    )
     noise_level: float = setting(0.7, "a of the SDE sampler: how much each step explores (Flow-GRPO: 0.7)")
     churn: float | None = setting(
         None,
@@ -529,7 +532,7 @@ class Settings:
     eval_every: int | None = setting(None, "iterations between evaluations on the test prompts")
     eval_steps: int | None = setting(None, "denoising steps of the deterministic sampler in evaluation")
     resolution: int | None = setting(None, "pixels a side")
-    t5_length: int | None = setting(None, "text positions for T5 (Flow-GRPO: 128)")
+    t5_length: int | None = setting(None, "text positions for T5 (Flow-GRPO: 128); 0 leaves T5 out")
     gradient_checkpointing: str = setting(
         "auto",
         "on, off or auto (on where memory asks for it): a third more compute in the update, a tenth of its memory",
@@ -556,15 +559,15 @@ class Settings:
         return RANDOM if self.model == "random" else ""
 
 
-METHODS = {  # what each method's own papers take; stands above the model's preset
+METHODS = {  # stands above the model's preset; star's paper is silent on all but the attention, so Flow-GRPO's values
     "star": dict(allocation="attention", optimizer_steps=2, clip_range=1e-4),
-    "flow-grpo": dict(allocation="uniform", optimizer_steps=2, clip_range=1e-4),
-    "fdfo": dict(
+    "flow-grpo": dict(allocation="uniform", optimizer_steps=2, clip_range=1e-4),  # Flow-GRPO
+    "fdfo": dict(  # FDFO
         allocation="uniform", optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0,
     ),
 }  # fmt: skip
 PRESETS = {
-    "tiny": dict(
+    "tiny": dict(  # all ours, chosen by the test reward after a few minutes on two cores
         attention_blocks="3", step_weights="equal", iterations=45, prompts_per_iteration=8, group_size=16,
         batch_size=32, learning_rate=1.5e-4, kl=0.0, guidance=1.0, sampling_steps=10, eval_every=10, eval_steps=10,
         resolution=48, t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt",
@@ -574,9 +577,9 @@ PRESETS = {
         attention_blocks="9",  # Seg4Diff (arXiv 2509.18096): block 9 of 24 localises best in SD3 and SD3.5
         step_weights="none",  # Flow-GRPO
         iterations=1000,  # ours: stop when you like
-        prompts_per_iteration=16,  # ours: Flow-GRPO's 48 are for 24 GPUs
+        prompts_per_iteration=16,  # ours: Flow-GRPO's 48 are for 24 GPUs; 384 images at 1.5 s each are ten minutes
         group_size=24,  # Flow-GRPO; 12 and 6 collapsed on PickScore
-        batch_size=2,  # ours: with guidance four sequences, 13 GB of activations (1.4 GB with checkpointing)
+        batch_size=2,  # ours: with guidance four sequences, 13 GB of activations (1 GB with checkpointing)
         learning_rate=1e-5,  # full-parameter users of Flow-GRPO; its own 3e-4 is for LoRA; 5e-6 is safer
         kl=0.04,  # Flow-GRPO, for ocr and geneval; pickscore see below
         guidance=4.5,  # Flow-GRPO
@@ -623,7 +626,7 @@ CHOICES = {
 class Trajectory:
     """One microbatch of rollouts: what the update needs to take the same forward passes again, on the same rows."""
 
-    text: tuple  # (embeddings [B or 2B, N, D], pooled [B or 2B, D]); with CFG the empty prompt's half first
+    text: Callable  # () -> (embeddings [B or 2B, N, D], pooled [B or 2B, D]); with CFG the empty prompt's half first
     latents: torch.Tensor  # [T + 1, B, C, H, W] fp32, from pure noise to the final latents
     log_prob: torch.Tensor | None  # [T, B, P] under the policy that sampled them; None without the SDE's noise
     velocity: torch.Tensor | None  # [T, B, C, H, W], fdfo's v_old; None for the others
@@ -701,6 +704,12 @@ def sample_noise(key, prompt, sample, draws, shape, churn=0.0):
     return noise, generator
 
 
+def spread_text(text, empty, slots):
+    """The features of a microbatch, from those of the prompts [K, ...]: made when needed, for T5's are large."""
+    text = tuple(features[slots] for features in text)
+    return text if empty is None else tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
+
+
 def sample_groups(
     policy, prompts, copies, settings, key, sigmas, noise_level, churn=0.0, reward=None, blocks=(), keep=True
 ):
@@ -724,11 +733,9 @@ def sample_groups(
             for row in rows.tolist()
         ])  # fmt: skip
         noise = torch.stack(noise).to(policy.device)
-        text = (embeddings[slots], pooled[slots])
-        if empty is not None:
-            text = tuple(torch.cat([e.expand_as(t), t]) for e, t in zip(empty, text))
+        text = functools.partial(spread_text, (embeddings, pooled), empty, slots)
         steps = rollout(
-            policy.transformer, text, masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks, keep
+            policy.transformer, text(), masks[slots], noise, sigmas, noise_level, churn, settings.guidance, blocks, keep
         )
         if keep:
             trajectories.append(Trajectory(text, *steps, generators, rows=rows))
@@ -795,13 +802,13 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
             if settings.kl == 0 and not trajectory.advantages.any():
                 continue  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
             latents, sigma = trajectory.latents[i], sigmas[i]
-            velocity = predict_velocity(transformer, latents, sigma, trajectory.text, settings.guidance)
+            velocity = predict_velocity(transformer, latents, sigma, trajectory.text(), settings.guidance)
             loss, stats, mean, std = policy_loss(
                 settings, trajectory, i, velocity, sigmas, transformer.config.patch_size
             )
             if reference is not None:
                 with torch.no_grad():
-                    old = predict_velocity(reference, latents, sigma, trajectory.text, settings.guidance)
+                    old = predict_velocity(reference, latents, sigma, trajectory.text(), settings.guidance)
                     reference_mean, _ = sde_mean_std(
                         latents, old, sigma, sigmas[i + 1], sigmas[1], settings.noise_level
                     )
@@ -841,7 +848,9 @@ class MasterAdamW:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
         self.gradients = [None] * len(self.parameters)  # fp32, where the parameters are
-        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=1e-4)  # Flow-GRPO's settings
+        self.optimizer = torch.optim.AdamW(  # Flow-GRPO's settings; foreach would hold a third moment for a moment
+            self.masters, lr=learning_rate, weight_decay=1e-4, foreach=False
+        )
         for index, parameter in enumerate(self.parameters):
             parameter.grad = None  # nothing of an earlier training may leak into the first step
             parameter.register_post_accumulate_grad_hook(functools.partial(self.accumulate, index))
@@ -1014,7 +1023,7 @@ def load_policy(settings, reward, device):
         if settings.model == "random":
             config = SD35_MEDIUM
         else:
-            found = StableDiffusion3Pipeline.load_config(settings.model)["_class_name"]
+            found = StableDiffusion3Pipeline.load_config(settings.model).get("_class_name", "nameless model")
             if found != "StableDiffusion3Pipeline":
                 raise BadInput(f"--model {settings.model} holds a {found}; star.py trains StableDiffusion3Pipeline")
             config = SD3Transformer2DModel.load_config(settings.model, subfolder="transformer")
@@ -1022,9 +1031,14 @@ def load_policy(settings, reward, device):
         if settings.model == "random":
             policy = RandomPolicy(random_pipeline(settings, device), settings, device)
         else:
-            pipe = StableDiffusion3Pipeline.from_pretrained(settings.model, dtype=DTYPES[settings.dtype])
+            without_t5 = {} if settings.t5_length else {"text_encoder_3": None, "tokenizer_3": None}
+            pipe = StableDiffusion3Pipeline.from_pretrained(
+                settings.model, dtype=DTYPES[settings.dtype], use_safetensors=True, **without_t5
+            )
             policy = Policy(pipe, settings, device)
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # not there, not whole, not what it should be
         raise BadInput(
             f"--model {settings.model}: {str(error).strip().splitlines()[0]} (SD3.5 is gated: accept its licence at "
             "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, then run `hf auth login`; "
@@ -1048,6 +1062,9 @@ def plan_memory(settings, config, device):
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
+    if settings.evaluate:  # no gradients, no optimizer: nothing to plan
+        settings.gradient_checkpointing, settings.optimizer_device = "off", "cpu"
+        return
     width = config["num_attention_heads"] * config["attention_head_dim"]
     image = (settings.resolution // 8 // config["patch_size"]) ** 2
     tokens = image + 77 + settings.t5_length
@@ -1059,6 +1076,9 @@ def plan_memory(settings, config, device):
     }
     cuda = torch.device(device).type == "cuda"
     others = 4e9 * cuda + 4e9 * (settings.task != "ocr" and settings.model != "random")
+    images = settings.prompts_per_iteration * settings.group_size  # their trajectories stay until the update
+    trajectory = (settings.sampling_steps + 1) * 16 * (settings.resolution // 8) ** 2 * 4  # fp32 latents
+    others += images * trajectory * (2 if settings.method == "fdfo" else 1)  # fdfo's velocities
     host = math.inf if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     capacity = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else host
 
@@ -1078,6 +1098,7 @@ def plan_memory(settings, config, device):
         raise BadInput("--optimizer-device cuda: there is no CUDA device")
     for optimizer, checkpointing in options:
         in_host = 16 * parameters / 1e9 if cuda and optimizer == "cpu" else 0  # masters, moments, gradients passing by
+        in_host = (in_host + 11 * cuda) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # and the text encoders' 11 GB
         if need(optimizer, checkpointing) <= capacity and in_host <= host:
             settings.optimizer_device, settings.gradient_checkpointing = optimizer, checkpointing
             if cuda:
@@ -1425,9 +1446,13 @@ def tiny_policy(settings, reward, device):
     plain = dataclasses.replace(settings, guidance=1.0, eval_steps=10, batch_size=64)  # the base is the same for all
     facts = pretrain_tiny(policy, templates, held_out, reward, plain)
     tensors = {f"{name}.{k}": t.contiguous() for name, m in modules.items() for k, t in m.state_dict().items()}
-    write_aside(weights, lambda path: save_file(tensors, path))
-    facts["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    write_aside(record, lambda path: path.write_text(json.dumps(facts, indent=1)))
+    try:
+        write_aside(weights, lambda path: save_file(tensors, path))
+        facts["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        write_aside(record, lambda path: path.write_text(json.dumps(facts, indent=1)))
+    except (OSError, SafetensorError) as error:
+        print(f"note: the embedded model cannot be cached in {weights.parent} ({error}); the run goes on without")
+        facts["sha256"] = "not cached"
     return cast(policy, settings), facts
 
 
@@ -1486,7 +1511,7 @@ def load_prompts(path, task):
             metadata = check_geneval(json.loads(line)) if task == "geneval" else None
             prompts.append(Prompt(metadata["prompt"] if metadata else line.strip(), metadata))
             core_spans(prompts[-1].text, task, metadata)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"prompt file {path}, line {number}: {error}") from error
     if not prompts:
         raise BadInput(f"prompt file {path} holds no prompts")
@@ -1861,7 +1886,7 @@ def save_strips(path, policy, prompts, settings, side=96):
         for row, prompt in enumerate(prompts):
             x, y = 8 + i * (side + 4), 24 + row * (2 * side + 40)
             if i == 0:
-                draw.text((x, y), prompt.text[:120], fill="black", font=font)
+                draw.text((x, y), settings.mark + prompt.text[:120], fill="black", font=font)
             sheet.paste(to_picture(guess[row], side), (x, y + 20))
             sheet.paste(heat(guess[row], allocation[i, row], side), (x, y + 24 + side))
     sheet.save(path)
@@ -1935,6 +1960,8 @@ def gather_rewards(images, pending, count, settings):
             value, verdict = float(score), getattr(score, "correct", None)
             if not math.isfinite(value):
                 raise ValueError(f"{value} is not a finite number")
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a reward model may raise
             value, verdict = math.nan, None
             faults.append(f"image {row}: {type(error).__name__}: {error}")
@@ -1992,8 +2019,11 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     """One iteration of STAR (or Flow-GRPO, or FDFO): sample, reward, compare, allocate, update. Returns (metrics,
     images, rewards)."""
     clock, key = [time.perf_counter()], (settings.seed, iteration)
+    if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(policy.device)
     sigmas, fdfo = policy.sigmas(settings.sampling_steps), settings.method == "fdfo"
-    blocks = settings.blocks if settings.method == "star" or settings.allocation != "uniform" else ()
+    maps = settings.method == "star" or fdfo and settings.allocation != "uniform"  # star's uniform takes the same path
+    blocks = settings.blocks if maps else ()
     # 1. Roll out groups of images with the SDE sampler (fdfo: in pairs), reading the attention on the way.
     trajectories, images, pending = sample_groups(
         policy, prompts, settings.group_size, settings, key, sigmas, settings.noise_level,
@@ -2004,12 +2034,13 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     images, rewards, _ = gather_rewards(images, pending, len(prompts) * settings.group_size, settings)
     clock.append(time.perf_counter())
     # 3. Compare each image with its group (fdfo: with its twin).
-    advantages = advantages_of_the_rest(rewards, settings.group_size)
+    advantages = None if fdfo else advantages_of_the_rest(rewards, settings.group_size)
     for trajectory in trajectories:
-        trajectory.advantages = advantages[trajectory.rows].to(policy.device)
         if fdfo:
             pairs = ties_for_the_missing(rewards[trajectory.rows]).to(policy.device)
             trajectory.advantages, trajectory.direction = fdfo_direction(trajectory.latents[-1], pairs)
+        else:
+            trajectory.advantages = advantages[trajectory.rows].to(policy.device)
         # 4. Allocate: every step of every rollout has a map of its own.
         if blocks:
             trajectory.allocation = arrange_allocation(
@@ -2285,7 +2316,7 @@ class RunFolder:
             write_aside(self.path / "metrics.jsonl", lambda aside: aside.write_text(self.metrics))
         except OSError as error:
             raise BadInput(f"cannot write in {self.path}: {error.strerror}") from error
-        with contextlib.suppress(ImportError):  # a luxury, never needed
+        with contextlib.suppress(ImportError, OSError):  # a luxury, never needed
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.path, purge_step=self.next_iteration)
@@ -2296,6 +2327,7 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def log(self, metrics):
+        metrics = metrics | ({"random_weights": True} if self.settings.mark else {})
         odd = {name: None for name, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
         self.metrics += json.dumps(metrics | odd) + "\n"  # JSON has no NaN
         self.save_metrics(metrics)
@@ -2340,6 +2372,8 @@ def choose_device(settings):
     if settings.model == "tiny" or not torch.cuda.is_available():  # tiny is made for the CPU
         return "cpu"
     number = int(os.environ["LOCAL_RANK"]) if launched()[1] > 1 else 0
+    if number >= torch.cuda.device_count():
+        raise BadInput(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 
@@ -2351,8 +2385,14 @@ def train(settings):
     test_prompts = load_prompts(settings.test_prompts, settings.task)
     reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     make_folder(Path(settings.out))
-    with locked(Path(settings.out) / "lock") if launched()[0] == 0 else contextlib.nullcontext():
-        return train_policy(train_prompts, test_prompts, reward, settings, device)
+    out = Path(settings.out)
+    try:
+        with locked(out / "lock") if launched()[0] == 0 else contextlib.nullcontext():
+            return train_policy(train_prompts, test_prompts, reward, settings, device)
+    except BadInput:
+        if not settings.resume and {path.name for path in out.iterdir()} == {"lock"}:  # nothing came of it
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def train_policy(train_prompts, test_prompts, reward, settings, device):
@@ -2398,7 +2438,7 @@ def train_policy(train_prompts, test_prompts, reward, settings, device):
                 run.save_pictures("train_latest", images, records)
                 metrics |= after
                 run.save_transformer(policy.transformer)
-            run.log(metrics | ({"random_weights": True} if settings.mark else {}))
+            run.log(metrics)
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", test=f"{after['eval_reward']:.3f}")
             stop = max(gather(max(signals, default=0)))
             if stop or iteration % settings.save_every == 0 or iteration == settings.iterations:
@@ -2431,10 +2471,14 @@ def evaluate_saved(settings):
         numbers = report(settings.task, records)
         rows = [{k: None if v != v else v for k, v in record.items()} for record in records]  # JSON has no NaN
         facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+        numbers |= {"random_weights": True} if settings.mark else {}
         result = json.dumps({"result": numbers, **facts, "images": rows}, indent=1)
-        write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
-        save_records(out / "evaluation.png", images, records, settings.mark)
         print_table(settings, prompts, {"score": numbers})
+        try:
+            write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
+            save_records(out / "evaluation.png", images, records, settings.mark)
+        except OSError as error:
+            raise BadInput(f"--out {out}: the result cannot be written: {error.strerror}") from error
         print(f"\nevery image's reward and a picture of the first ones are in {out}")
     return 0
 
@@ -2443,19 +2487,22 @@ def parse_settings(arguments=None):
     """The command line, made from Settings; every value checked before any long work. BadInput for what is wrong."""
     from transformers import HfArgumentParser
 
+    def error(message):
+        raise BadInput(f"{message}; --help explains every setting")
+
     parser = HfArgumentParser(
-        Settings, description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=preset_help(),
-    )  # fmt: skip
+        Settings, description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter, epilog=preset_help()
+    )
+    parser.error = error
     arguments = sys.argv[1:] if arguments is None else arguments
     settings = Settings(**vars(parser.parse_args(arguments)))
-    if settings.resume:  # the run's own settings stand before the arguments, which win
-        out = settings.out or newest_run()
-        config = Path(out) / "config.json"
-        saved = read_json(config).get("settings", {}) if config.exists() else {}
-        known = {field.name for field in dataclasses.fields(Settings)} - {"out", "resume"}
-        own = [f"--{name}={saved[name]}" for name in known & saved.keys() if saved[name] is not None]
-        settings = Settings(**vars(parser.parse_args([*own, *arguments, f"--out={out}"])))
+    if settings.resume or settings.evaluate:  # the run's own settings stand before the arguments, which win
+        out = settings.out if settings.evaluate else settings.out or newest_run()
+        run = saved_transformer(settings.evaluate).parent if settings.evaluate else Path(out)
+        known = {field.name for field in dataclasses.fields(Settings)} - {"out", "resume", "evaluate"}
+        saved = {name: value for name, value in saved_settings(run).items() if name in known and value is not None}
+        own = [f"--{name}={value}" for name, value in saved.items()]
+        settings = Settings(**vars(parser.parse_args([*own, *arguments, *([f"--out={out}"] if out else [])])))
     cuda = torch.cuda.is_available()
     if settings.model is None:
         settings.model = SD35 if cuda else "tiny"
@@ -2482,6 +2529,21 @@ def parse_settings(arguments=None):
         settings.out = f"runs/{settings.task}-{Path(settings.model).name}-{what}-{stamp}"
     check_settings(settings)
     return settings
+
+
+def saved_settings(run):
+    """The settings in a run's config.json; none where there is no such file, or another one."""
+    with contextlib.suppress(OSError):
+        saved = read_json(run / "config.json").get("settings")
+        return saved if isinstance(saved, dict) else {}
+    return {}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The epilog as it is written, and a default behind every setting that has one for all models and methods."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def newest_run():
@@ -2513,7 +2575,7 @@ def check_settings(settings):
     ):  # fmt: skip
         need(getattr(settings, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     need(settings.group_size >= 2, "--group-size must be at least 2: an image is compared with the rest of its group")
-    need(settings.sampling_steps >= 3, "--sampling-steps must be at least 3: the last step is never trained")
+    need(settings.sampling_steps >= 3, "--sampling-steps must be at least 3")
     need(0 <= settings.allocation_strength <= 1, "--allocation-strength must lie in [0, 1]")
     need(0 < settings.noise_level <= 2, "--noise-level must lie in (0, 2]: without noise there is nothing to compare")
     for name in ("learning_rate", "clip_range"):
@@ -2533,6 +2595,10 @@ def check_settings(settings):
                 getattr(settings, name) % 2 == 0,
                 f"--{name.replace('_', '-')} must be even: fdfo compares the two images of a pair",
             )
+        need(
+            settings.optimizer_steps <= settings.sampling_steps,
+            "--optimizer-steps may be at most --sampling-steps with --method fdfo: each takes a share of the steps",
+        )
         need(settings.kl == 0, "--kl must be 0 with --method fdfo: its steps have no density to compare")
         need(
             settings.step_weights == "none",

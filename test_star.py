@@ -658,8 +658,12 @@ def test_kl_is_zero_at_the_reference_and_holds_the_model_back(tiny):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "--method flow-grpo", "--method fdfo", "--method fdfo --allocation attention --guidance 2"]
-)
+    "arguments",
+    [
+        "", "--method flow-grpo", "--method fdfo", "--method fdfo --allocation attention --guidance 2",
+        "--method fdfo --allocation shuffled", "--method fdfo --allocation static",
+    ],
+)  # fmt: skip
 def test_every_method_raises_a_simple_reward(monkeypatch, arguments):
     """An untrained model, five iterations, the images' brightness as reward; judged before and after on the same
     noise, so the difference is the training's."""
@@ -676,7 +680,7 @@ def test_every_method_raises_a_simple_reward(monkeypatch, arguments):
     for iteration in range(1, 6):
         metrics, _, _ = star.train_iteration(policy, None, optimizer, PROMPTS, reward, settings, iteration)
         assert metrics["ratio_deviation"] == 0
-    assert ("allocation_entropy" in metrics) == (settings.allocation == "attention")
+    assert ("allocation_entropy" in metrics) == (settings.allocation != "uniform")
     assert judge() > before + 0.003
 
 
@@ -1082,6 +1086,9 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--method fdfo --group-size 3 --batch-size 8", "--group-size must be even"),
         ("--method fdfo --group-size 6 --batch-size 3", "--batch-size must be even"),
         ("--method fdfo --kl 0.01", "--kl must be 0 with --method fdfo"),
+        ("--method fdfo --optimizer-steps 11", "--optimizer-steps may be at most --sampling-steps"),
+        ("--no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
+        ("--group-size many", "--group-size: invalid int value: 'many'"),
         ("--method fdfo --step-weights equal", "--step-weights must be none"),
         ("--learning-rate inf", "--learning-rate"),
         ("--t5-length 16", "--t5-length"),
@@ -1434,6 +1441,22 @@ def test_sd35_mediums_architecture_has_the_published_size():
     with torch.device("meta"):
         model = SD3Transformer2DModel(**star.SD35_MEDIUM)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(2.243e9, rel=1e-3)
+
+
+def test_t5_may_be_left_out_and_pickled_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file
+
+    save_sd3_folder(tmp_path)
+    settings = star.parse_settings(["--model", str(tmp_path), "--resolution", "16", "--t5-length", "0"])
+    policy, _ = star.load_policy(settings, None, "cpu")
+    prompts = [star.Prompt('"A"'), star.Prompt('a sign that says "CAT"')]  # of different lengths
+    embeddings, pooled = policy.encode([prompt.text for prompt in prompts])
+    assert len(policy.encoders) == 2 and embeddings.shape[:2] == (2, 24) == policy.core_mask(prompts).shape
+    weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(star.BadInput, match="safetensors"):
+        star.load_policy(settings, None, "cpu")
 
 
 def test_a_folder_of_another_model_is_named(tmp_path, monkeypatch):

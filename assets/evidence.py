@@ -66,7 +66,7 @@ def train_one(job):
     name = f"{arm}-{seed}"
     out = ROOT / "runs/evidence" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    how = ["--resume"] if out.exists() else [*COMMON.split(), *ARMS[arm][0].split(), "--seed", str(seed)]
+    how = [*COMMON.split(), *ARMS[arm][0].split(), "--seed", str(seed), *["--resume"][: out.exists()]]
     with open(out.parent / f"{name}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs on two cores beat one on both
         command = [sys.executable, "star.py", *how, "--out", str(out)]
@@ -236,7 +236,7 @@ def why(batches=8):
                     p.grad = None
                 for trajectory in trajectories:
                     velocity = star.predict_velocity(
-                        policy.transformer, trajectory.latents[i], sigmas[i], trajectory.text, settings.guidance
+                        policy.transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
                     )
                     star.policy_loss(changed, trajectory, i, velocity, sigmas, 2)[0].backward()
                 gradients[arm][batch, i] = torch.cat([p.grad.flatten() for p in parameters])
