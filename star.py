@@ -325,6 +325,7 @@ def ratio_stats(log_ratio, clip_range):
         "ratio_deviation": (ratio - 1).abs().max(),
         "clip_high": (ratio > 1 + clip_range).float().mean(),
         "clip_low": (ratio < 1 - clip_range).float().mean(),
+        "log_ratio": log_ratio.abs().mean(),
         "approximate_kl": 0.5 * (log_ratio**2).mean(),
     }
 
@@ -536,6 +537,9 @@ class Settings:
     gradient_checkpointing: str = setting(
         "auto",
         "on, off or auto (on where memory asks for it): a third more compute in the update, a tenth of its memory",
+    )
+    compile: bool = setting(
+        False, "compile the transformer's blocks (diffusers' regional compilation; CUDA). Off until it is measured"
     )
     optimizer_device: str = setting("auto", "cuda, cpu (host memory) or auto: where master weights and moments live")
     dtype: str | None = setting(None, "bf16 or fp32: the weights of forward and backward; the optimizer's are fp32")
@@ -784,6 +788,21 @@ def deal(trajectories, trained, settings, key):
     return rounds
 
 
+@torch.no_grad()
+def renew_old(settings, trajectory, i, velocity, sigmas, patch_size):
+    """With --compile, rollout and update may be other kernels, and their difference would pass for a ratio. So before
+    anything has changed, the old side is taken anew from the update's own forward. Returns the mean |log-ratio| that
+    this takes away (fdfo: 0)."""
+    if settings.method == "fdfo":
+        trajectory.velocity[i] = velocity
+        return 0.0
+    mean, std = sde_mean_std(trajectory.latents[i], velocity, sigmas[i], sigmas[i + 1], sigmas[1], settings.noise_level)
+    log_prob = token_log_prob(trajectory.latents[i + 1], mean, std, patch_size)
+    gap = (log_prob - trajectory.log_prob[i]).abs().mean().item()
+    trajectory.log_prob[i] = log_prob
+    return gap
+
+
 def update(policy, reference, optimizer, trajectories, sigmas, settings, key=()):
     """One pass over the rollouts in `optimizer_steps` optimizer steps, over the denoising steps that are trained: for
     fdfo all of them, for star and flow-grpo steps 0..T-2 (never the last).
@@ -796,16 +815,24 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
     weights = step_weights(sigmas, settings.noise_level, settings.step_weights)
     weights += [1.0] * (settings.method == "fdfo")  # its last step too
     share = len(trajectories) * len(weights) / settings.optimizer_steps  # forwards in an optimizer step
-    history, first_deviation, norms = [], 0.0, []
-    for work in deal(trajectories, len(weights), settings, key):
+    history, first_deviation, norms, gaps = [], 0.0, [], []
+    rounds = deal(trajectories, len(weights), settings, key)
+    rounds = [  # without advantages the gradient is exactly zero; only whole microbatches, or the kernels would differ
+        [(trajectory, i) for trajectory, i in work if settings.kl > 0 or trajectory.advantages.any()] for work in rounds
+    ]
+    forward = lambda trajectory, i: predict_velocity(
+        transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
+    )
+    patch_size = transformer.config.patch_size
+    if settings.compile:  # of what is used after the first optimizer step; the rest on the way
+        for trajectory, i in sum(rounds[1:], []):
+            gaps.append(renew_old(settings, trajectory, i, forward(trajectory, i), sigmas, patch_size))
+    for work in rounds:
         for trajectory, i in work:
-            if settings.kl == 0 and not trajectory.advantages.any():
-                continue  # its gradient is exactly zero; only whole microbatches, or the kernels would differ
-            latents, sigma = trajectory.latents[i], sigmas[i]
-            velocity = predict_velocity(transformer, latents, sigma, trajectory.text(), settings.guidance)
-            loss, stats, mean, std = policy_loss(
-                settings, trajectory, i, velocity, sigmas, transformer.config.patch_size
-            )
+            latents, sigma, velocity = trajectory.latents[i], sigmas[i], forward(trajectory, i)
+            if settings.compile and not norms:
+                gaps.append(renew_old(settings, trajectory, i, velocity, sigmas, patch_size))
+            loss, stats, mean, std = policy_loss(settings, trajectory, i, velocity, sigmas, patch_size)
             if reference is not None:
                 with torch.no_grad():
                     old = predict_velocity(reference, latents, sigma, trajectory.text(), settings.guidance)
@@ -819,16 +846,18 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
             history.append({name: float(value) for name, value in stats.items()})
             if not norms:
                 first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
+                gaps += [] if settings.compile else [history[-1]["log_ratio"]]
         norms.append(optimizer.step())
     skipped = sum(settings.kl == 0 and not trajectory.advantages.any() for trajectory in trajectories)
-    parts = gather([history, int(skipped), first_deviation])
-    history = [stats for part in parts for stats in part[0]]
+    parts = gather([history, int(skipped), first_deviation, gaps])
+    history, gaps = ([item for part in parts for item in part[place]] for place in (0, 3))
     skipped, first_deviation = sum(part[1] for part in parts), max(part[2] for part in parts)
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
     if first_deviation > 0:
         print(f"note: the ratio was off 1 by {first_deviation:.1e} before the first step: rollout and update differ")
     taken = [norm for norm in norms if math.isfinite(norm)]
     averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "steps_skipped": len(norms) - len(taken)}
+    averages["rollout_gap"] = sum(gaps) / max(len(gaps), 1)
     return averages | {"gradient_norm": sum(taken) / len(taken) if taken else math.nan}
 
 
@@ -1046,6 +1075,9 @@ def load_policy(settings, reward, device):
         ) from error
     if settings.gradient_checkpointing == "on":
         policy.transformer.enable_gradient_checkpointing()
+    if settings.compile:
+        policy.transformer._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for SD3
+        policy.transformer.compile_repeated_blocks()
     return policy, None
 
 
@@ -2128,7 +2160,7 @@ def average_gradients(gradients, parameters):
 # --- checkpoints: safetensors and JSON, nothing else ------------------------------------------------------------------
 
 FREE_ON_RESUME = {  # these may differ: the mathematics stays the same
-    "out", "resume", "evaluate", "save_every", "keep", "iterations", "eval_every", "optimizer_device",
+    "compile", "out", "resume", "evaluate", "save_every", "keep", "iterations", "eval_every", "optimizer_device",
     "gradient_checkpointing", "reward_model",
 }  # fmt: skip
 
@@ -2619,6 +2651,7 @@ def check_settings(settings):
     )
     need(settings.resolution >= 16 and settings.resolution % 16 == 0, "--resolution must be a multiple of 16")
     need(settings.t5_length >= 0, "--t5-length must be 0 or more")
+    need(not tiny or not settings.compile, "--compile: the tiny model runs on the CPU, where it does not pay")
     need(not tiny or settings.t5_length == 0, "--t5-length: the tiny model has no T5")
     blocks = settings.attention_blocks.split(",")
     need(

@@ -1371,6 +1371,7 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
         "--gradient-checkpointing on --kl 0 --guidance 1 --dtype fp32",
         "--gradient-checkpointing on --optimizer-device cpu",
         "--method fdfo --guidance 3 --gradient-checkpointing on",
+        "--compile",
     ],
 )
 def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_path, monkeypatch, capsys, arguments):
@@ -1379,6 +1380,10 @@ def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_pa
         num_layers=10, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16,
         pooled_projection_dim=16, sample_size=8, pos_embed_max_size=8, dual_attention_layers=(0,),
     ))  # fmt: skip
+    from diffusers import SD3Transformer2DModel
+
+    whole = SD3Transformer2DModel.compile_repeated_blocks  # without a C++ compiler, but traced all the same
+    monkeypatch.setattr(SD3Transformer2DModel, "compile_repeated_blocks", lambda self: whole(self, backend="eager"))
     monkeypatch.setattr(star, "SD35_VAE", star.SD35_VAE | dict(block_out_channels=(8,) * 4, norm_num_groups=4))
     star.train(star.parse_settings([
         *"--model random --iterations 1 --prompts-per-iteration 2 --group-size 4 --batch-size 4".split(),
@@ -1390,6 +1395,30 @@ def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_pa
     assert len(results) >= 5 and all(star.RANDOM in line for line in results) and star.RANDOM in printed.err
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["random_weights"] and line["ratio_deviation"] == 0 and line["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("method", ["star", "fdfo"])
+def test_other_kernels_in_the_rollout_do_not_pass_for_a_ratio_under_compile(tiny, monkeypatch, method):
+    """Rollouts that round otherwise than the update: seen without --compile, taken out (and measured) with it."""
+    policy, settings = tiny
+    exact, start = star.predict_velocity, policy.transformer
+    rounded = lambda *arguments: exact(*arguments) + (0 if torch.is_grad_enabled() else 1e-3)
+    monkeypatch.setattr(star, "predict_velocity", rounded)
+    settings = dataclasses.replace(settings, method=method, **star.METHODS[method])
+    found = {}
+    for compiled in (False, True):
+        policy.transformer = copy.deepcopy(start)
+        changed = dataclasses.replace(settings, compile=compiled, step_weights="none")
+        (trajectories, _), sigmas = roll(policy, changed)
+        for trajectory, sign in zip(trajectories, (1.0, -1.0)):
+            trajectory.advantages = sign * torch.tensor([1.0, -1.0, 0.5, 0.0])
+            trajectory.allocation = star.allocation_map(trajectory.attention, 1.0)
+            trajectory.direction = randn(4, 16, 12, 12)
+        optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-3)
+        found[compiled] = star.update(policy, None, optimizer, trajectories, sigmas, changed, (0, 1))
+    assert found[False]["ratio_deviation"] > 0 and found[True]["ratio_deviation"] == 0
+    assert found[False]["rollout_gap"] > 0 and abs(found[True]["ratio"] - 1) > 0  # the second step moves, as it should
+    assert (found[True]["rollout_gap"] > 0) == (method == "star")
 
 
 def test_checkpointing_and_the_host_optimizer_change_nothing(tiny):
