@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -1880,38 +1881,55 @@ def test_two_processes_do_what_one_does_and_die_together(short, short_base, tmp_
     assert 0 < apart < 1e-3
 
 
-# --- the cost of STAR, measured: python test_star.py ------------------------------------------------------------------
+# --- the cost of STAR, measured: python test_star.py cost -------------------------------------------------------------
 
 
-def measure_cost(rounds=10):
-    """Iterations of star and flow-grpo in turn on the same prompts and noise; seconds of sampling and update."""
-    settings = star.parse_settings(["--model", "tiny", "--out", "runs/cost"])
-    reward = star.OCRReward()
-    policy, _ = star.load_policy(settings, reward, "cpu")
-    prompts = star.load_prompts(settings.train_prompts, "ocr")
-    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-9)
-    seconds = {"star": [], "flow-grpo": []}
+def measure_cost(*arguments, rounds=10):
+    """Iterations of star and flow-grpo in turn on the same prompts and noise, with star.py's arguments: seconds of
+    sampling and update, memory, and how far rollout and update disagree before the first optimizer step."""
+    arguments = [*(arguments or ("--model", "tiny")), "--out", "runs/cost", "--method"]
+    arms = {method: star.parse_settings([*arguments, method]) for method in ("star", "flow-grpo")}
+    settings = arms["star"]
+    device = star.choose_device(settings)
+    reward = star.make_reward(settings, device)
+    policy, _ = star.load_policy(settings, reward, device)
+    prompts = star.load_prompts(settings.train_prompts, settings.task)
+    reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
+    where = "cpu" if settings.optimizer_device == "cpu" else None
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-9, where)
+    lines = {method: [] for method in arms}
     for iteration in range(rounds + 1):
-        for method in sorted(seconds, reverse=iteration % 2 == 0):
-            arm = dataclasses.replace(settings, method=method)
-            chosen = star.pick_prompts(prompts, arm, iteration)
-            line = star.train_iteration(policy, None, optimizer, chosen, reward, arm, iteration)[0]
-            if iteration:  # the first round warms up
-                seconds[method].append(line["seconds_sampling"] + line["seconds_update"])
-    ratios = sorted(a / b for a, b in zip(seconds["star"], seconds["flow-grpo"]))
-    median = (ratios[(rounds - 1) // 2] + ratios[rounds // 2]) / 2
-    spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
-    print(f"star / flow-grpo, sampling + update: median {median:.3f}, {spread}, n = {rounds}")
+        for method in sorted(arms, reverse=iteration % 2 == 0):
+            chosen = star.pick_prompts(prompts, arms[method], iteration)
+            line = star.train_iteration(policy, reference, optimizer, chosen, reward, arms[method], iteration)[0]
+            lines[method] += [line] if iteration else []  # the first round warms up
+    median = lambda values: statistics.median(values)
+    images = settings.prompts_per_iteration * settings.group_size
+    seconds = lambda line: line["seconds_sampling"] + line["seconds_update"]
+    for method, rows in lines.items():
+        parts = [median([row[f"seconds_{phase}"] for row in rows]) / images for phase in ("sampling", "update")]
+        print(
+            f"{settings.mark}{method}: {parts[0]:.4f} s an image for sampling, {parts[1]:.4f} for the update; "
+            f"peak {max(row['peak_memory_gb'] for row in rows):.1f} GB; before the first optimizer step "
+            f"max |ratio - 1| {max(row['ratio_deviation'] for row in rows):.1e}, mean |log-ratio| "
+            f"{median([row['rollout_gap'] for row in rows]):.1e}"
+        )
+    ratios = [seconds(a) / seconds(b) for a, b in zip(lines["star"], lines["flow-grpo"])]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"{settings.mark}star / flow-grpo, sampling + update: median {median(ratios):.3f}, {spread}, n = {rounds}")
 
 
 # --- kills, by hand: python test_star.py kill 100 ---------------------------------------------------------------------
 
 
+VARIANTS = ["--method star", "--method fdfo --dtype bf16", "--method flow-grpo"]
+
+
 def kill_runs(kills="100", folder=None):
     """Kill a run at a random moment, resume it, kill it again, ...: each, once it ends, must equal the unkilled run.
 
-    Every run is a process of its own, forked from this one after the slow imports, and killed by SIGKILL. It marks in
-    shared memory what it is doing, so that we can aim, and count where we hit.
+    The runs take turns in VARIANTS. Every run is a process of its own, forked from this one after the slow imports, and
+    killed by SIGKILL. It marks in shared memory what it is doing, so that we can aim, and count where we hit.
     """
     torch.set_num_threads(1)
     kills, folder = int(kills), Path(folder or tempfile.mkdtemp())
@@ -1933,14 +1951,14 @@ def kill_runs(kills="100", folder=None):
 
         setattr(star, name, marked)
 
-    def begin(out):
+    def begin(out, variant):
         doing[0] = 0
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 sys.stdout, sys.stderr = open(folder / "log", "a"), open(folder / "log", "a")
-                sys.argv = ["star.py", *arguments, "--resume", "--out", str(out)]
+                sys.argv = ["star.py", *arguments, *variant.split(), "--resume", "--out", str(out)]
                 star.main()
                 status = 0
             except SystemExit as end:
@@ -1956,16 +1974,19 @@ def kill_runs(kills="100", folder=None):
         assert found == 0 or status in (0, signal.SIGKILL), f"a run failed: see {folder}/log"
         return status if found else None
 
-    for name in ("straight", "again"):  # the first one pre-trains the base
-        began = time.monotonic()
-        ended(begin(folder / name))
-    duration, expected = time.monotonic() - began, outcome(folder / "straight")
-    assert outcome(folder / "again") == expected, "two runs that nobody killed differ"
+    expected = {}
+    for number, variant in enumerate(VARIANTS):
+        for name in ("straight", "again"):  # the very first one pre-trains the base
+            began = time.monotonic()
+            ended(begin(folder / f"{name}-{number}", variant))
+            duration = time.monotonic() - began
+        expected[variant] = outcome(folder / f"straight-{number}")
+        assert outcome(folder / f"again-{number}") == expected[variant], "two runs that nobody killed differ"
     hits, runs, status = dict.fromkeys(moments, 0), 0, 0
     while sum(hits.values()) < kills or not all([*hits.values()][1:]) or status != 0:
         runs += status == 0
-        out = folder / f"run-{runs}"
-        child, aim = begin(out), sum(hits.values()) % len(moments) if sum(hits.values()) < kills else None
+        out, variant = folder / f"run-{runs}", VARIANTS[runs % len(VARIANTS)]
+        child, aim = begin(out, variant), sum(hits.values()) % len(moments) if sum(hits.values()) < kills else None
         wait, status = time.monotonic() + 0.6 * draw.random() * duration, None
         while status is None and (aim is None or time.monotonic() < wait or aim and doing[0] != aim):
             time.sleep(0.0002)
@@ -1975,11 +1996,12 @@ def kill_runs(kills="100", folder=None):
             os.kill(child, signal.SIGKILL)
             status = ended(child)
         if status == 0:
-            assert outcome(out) == expected, f"{out} differs from {folder}/straight"
+            assert outcome(out) == expected[variant], f"{out} differs from the run that was not killed"
         else:
             hits[moments[doing[0]]] += 1
     print(json.dumps({"kills": sum(hits.values()), "runs": runs, **hits}))
 
 
 if __name__ == "__main__":
-    {"kill": kill_runs, "process": process}.get(sys.argv[1] if sys.argv[1:] else "", measure_cost)(*sys.argv[2:])
+    commands = {"cost": measure_cost, "kill": kill_runs, "process": process}
+    commands[sys.argv[1]](*sys.argv[2:])
