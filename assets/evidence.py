@@ -9,7 +9,6 @@
 The second judge, which training never sees, is Tesseract (Debian package tesseract-ocr).
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -22,9 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import numpy as np  # noqa: E402
 import star  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 RUNS = ROOT / "assets/runs"
@@ -189,88 +188,98 @@ def draw_curves(found, path, width=900, height=520):
 # --- why --------------------------------------------------------------------------------------------------------------
 
 
-def why(batches=8):
-    """One set of rollouts (training prompts, base model), every arm's gradient on it, by denoising step.
+WHY = {  # block, arm, strength: one set of rollouts, each of these maps on it
+    "uniform (= flow-grpo)": (3, "uniform", 1.0),
+    "block 0": (0, "attention", 1.0),
+    "block 1": (1, "attention", 1.0),
+    "block 2": (2, "attention", 1.0),
+    "block 3": (3, "attention", 1.0),
+    "block 1, strength 0.5": (1, "attention", 0.5),
+    "block 3, strength 0.5": (3, "attention", 0.5),
+    "block 1, shuffled": (1, "shuffled", 1.0),
+    "block 3, shuffled": (3, "shuffled", 1.0),
+    "block 1, static": (1, "static", 1.0),
+}
 
-    Signal: cosine of a batch's gradient (128 images) to the sum of the other batches' gradients, mean and standard
-    error over batches. Aim: share of M on the tokens of the word the OCR engine found, over these tokens' share of the
-    image (1 = no better than uniform), over images that were read at all.
+
+def why(batches=8):
+    """Which maps carry more signal an image, at the base model, on training prompts? By denoising step.
+
+    Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
+    is unbiased; mean and standard error over batches. Aim: mean M on the tokens of the letters drawn, on the blank
+    tokens of the sign (letters left out), and elsewhere.
     """
     settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
     policy, _ = star.load_policy(settings, reward, "cpu")
     prompts, sigmas = star.load_prompts(settings.train_prompts, "ocr"), policy.sigmas(settings.sampling_steps)
-    arms = {
-        "flow-grpo": dict(method="flow-grpo", allocation="uniform"),
-        "star": {},
-        "star-uniform": dict(allocation="uniform"),
-        "star-shuffled": dict(allocation="shuffled"), "star-static": dict(allocation="static"),
-        "star-strength-0.5": dict(allocation_strength=0.5),
-    }  # fmt: skip
-    trained = settings.sampling_steps - 1
-    parameters = list(policy.transformer.parameters())
-    gradients = {arm: torch.zeros(batches, trained, sum(p.numel() for p in parameters)) for arm in arms}
-    aims = []
+    trained, parameters = settings.sampling_steps - 1, list(policy.transformer.parameters())
+    size = sum(p.numel() for p in parameters)
+    gradients = {arm: torch.zeros(batches, trained, size) for arm in WHY}
+    aims = {block: [] for block in range(4)}
     for batch in range(batches):
-        chosen = star.pick_prompts(prompts, settings, 1000 + batch)
-        trajectories, images, pending = star.sample_groups(
-            policy, chosen, settings.group_size, settings, (settings.seed, 1000 + batch), sigmas, settings.noise_level,
-            reward=reward, blocks=settings.blocks,
-        )  # fmt: skip
-        images, rewards, _ = star.gather_rewards(images, pending, len(images), settings)
+        chosen, key = star.pick_prompts(prompts, settings, 1000 + batch), (settings.seed, 1000 + batch)
+        rolled = [
+            star.sample_groups(
+                policy, chosen, settings.group_size, settings, key, sigmas, settings.noise_level, blocks=(block,)
+            )
+            for block in range(4)
+        ]  # the same images every time
+        trajectories, images, _ = rolled[0]
+        futures = reward.submit(images, [prompt for prompt in chosen for _ in range(settings.group_size)])
+        _, rewards, _ = star.gather_rewards(images, futures, len(images), settings)
         advantages = star.group_advantages(rewards, settings.group_size).split(settings.batch_size)
-        inside = torch.stack([text_tokens(reward, image) for image in images]).split(settings.batch_size)
-        for trajectory, advantage, cells in zip(trajectories, advantages, inside):
+        kinds = cells(images)
+        for block in range(4):
+            maps = star.allocation_map(torch.cat([t.attention for t in rolled[block][0]], dim=1), 1.0)  # [T, B, P]
+            aims[block].append([[maps[i][kind].mean().item() for kind in kinds] for i in range(trained)])
+        for number, (trajectory, advantage) in enumerate(zip(trajectories, advantages)):
             trajectory.advantages = advantage
-            found = cells.any(-1)
-            share = (trajectory.attention / trajectory.attention.sum(-1, keepdim=True) * cells).sum(-1)
-            aims.append((share / cells.float().mean(-1))[:, found])
-        for arm, changes in arms.items():
-            changed = dataclasses.replace(settings, **changes)
-            for trajectory in trajectories:
+            allocations = {}
+            for arm, (block, how, strength) in WHY.items():
                 generators = [torch.Generator().manual_seed(g.initial_seed()) for g in trajectory.generators]
-                trajectory.allocation = star.arrange_allocation(
-                    trajectory.attention, changed.allocation, changed.allocation_strength, generators, trained
-                )
+                attention = rolled[block][0][number].attention
+                allocations[arm] = star.arrange_allocation(attention, how, strength, generators, trained)
             for i in range(trained):
-                for p in parameters:
-                    p.grad = None
-                for trajectory in trajectories:
-                    velocity = star.predict_velocity(
-                        policy.transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
-                    )
-                    star.policy_loss(changed, trajectory, i, velocity, sigmas, 2)[0].backward()
-                gradients[arm][batch, i] = torch.cat([p.grad.flatten() for p in parameters])
+                velocity = star.predict_velocity(
+                    policy.transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
+                )
+                for arm, allocation in allocations.items():
+                    trajectory.allocation = allocation
+                    loss = star.policy_loss(settings, trajectory, i, velocity, sigmas, 2)[0]
+                    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                    found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+                    gradients[arm][batch, i] += torch.cat([g.flatten() for g in found])
         print(f"batch {batch + 1} of {batches}", file=sys.stderr, flush=True)
-    weights = torch.tensor(star.step_weights(sigmas, settings.noise_level, "equal"))
-    print("| | " + " | ".join(f"sigma {s:.2f}" for s in sigmas[:trained]) + " | all, none | all, equal |")
+    weights = torch.tensor(star.step_weights(sigmas, settings.noise_level, "equal"))[:, None]
+    print("| maps | " + " | ".join(f"{s:.2f}" for s in sigmas[:trained]) + " | all, none | all, equal |")
     print("|---" * (trained + 3) + "|")
+    plain = gradients["uniform (= flow-grpo)"]
     for arm, g in gradients.items():
-        columns = [signal(g[:, i]) for i in range(trained)] + [signal(g.sum(1)), signal((g * weights[:, None]).sum(1))]
+        columns = [signal(g[:, i], plain[:, i]) for i in range(trained)]
+        columns += [signal(g.sum(1), plain.sum(1)), signal((g * weights).sum(1), (plain * weights).sum(1))]
         print(f"| {arm} | " + " | ".join(columns) + " |")
-    norms = gradients["flow-grpo"].norm(dim=-1).mean(0)
-    print("| norm, flow-grpo, first = 1 | " + " | ".join(f"{n:.1f}" for n in (norms / norms[0]).tolist()) + " | | |")
-    aim = torch.cat(aims, dim=1)
-    print("| aim of M | " + " | ".join(f"{a:.2f}" for a in aim[:trained].mean(1).tolist()) + " | | |")
-    print(f"\n{batches} batches of 128 images; aim over {aim.shape[1]} images that were read")
+    norms = plain.norm(dim=-1).mean(0)
+    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in (norms / norms[0]).tolist()) + " | | |")
+    print("\n| mean M on letters / blanks / elsewhere | " + " | ".join(f"{s:.2f}" for s in sigmas[:trained]) + " |")
+    print("|---" * (trained + 1) + "|")
+    for block, found in aims.items():
+        mean = torch.tensor(found).mean(0).tolist()
+        print(f"| block {block} | " + " | ".join(" / ".join(f"{m:.1f}" for m in row) for row in mean) + " |")
+    print(f"\n{batches} batches of 128 images")
 
 
-def signal(gradients):
-    total = gradients.sum(0)
-    cosines = [torch.cosine_similarity(g, total - g, dim=0).item() for g in gradients]
+def signal(gradients, plain):
+    total = plain.sum(0)
+    cosines = [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
     return f"{statistics.mean(cosines):.3f} ± {statistics.stdev(cosines) / math.sqrt(len(cosines)):.3f}"
 
 
-def text_tokens(reward, image):
-    """[P] bool: the image tokens whose centre lies in a box that the OCR detector found."""
-    if not reward.read(image):  # (which also makes this thread's engine)
-        return torch.zeros((image.shape[-1] // 8) ** 2, dtype=torch.bool)
-    enlarged = 4
-    boxes = reward.local.engine(np.asarray(star.to_picture(image, image.shape[-1] * enlarged))).boxes / enlarged
-    centres = (torch.arange(image.shape[-1] // 8) + 0.5) * 8
-    inside = torch.zeros(len(centres), len(centres), dtype=torch.bool)
-    for (left, top), (right, bottom) in zip(boxes.min(1).tolist(), boxes.max(1).tolist()):  # corners [n, 4, 2]
-        inside |= ((centres > top) & (centres < bottom))[:, None] & ((centres > left) & (centres < right))
-    return inside.flatten()
+def cells(images):
+    """Masks [B, P] over the 8 x 8 px tokens of images [B, 3, h, w] uint8: letters on the sign, blank sign, the rest."""
+    grey = images[:, :1].float() / 255
+    mean, high = F.avg_pool2d(grey, 8).flatten(1), F.max_pool2d(grey, 8).flatten(1)
+    blank, letter = mean > 0.93, (high > 0.85) & (mean > 0.4) & (mean < 0.9)
+    return letter, blank, ~letter & ~blank
 
 
 if __name__ == "__main__":
