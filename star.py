@@ -381,7 +381,8 @@ def step_weights(sigmas, noise_level, mode):
     """How loud each trained step speaks: "none", all 1 (Flow-GRPO); "equal", std / |d mean / d velocity|, of mean 1.
 
     The gradient with respect to the velocity goes as |d mean / d velocity| / std, which at 10 steps grows 26-fold from
-    the first step to the ninth; "equal" undoes that (ours, off by default for SD3.5).
+    the first step to the ninth; "equal" undoes that, and loudness() does the same for the maps (ours, off by default for
+    SD3.5).
     sigmas: the sampler's grid, T + 1 floats from 1 to 0. Returns T - 1 floats: the last step is never trained.
     """
     trained = len(sigmas) - 2
@@ -598,14 +599,17 @@ PRESETS = {
     ),
 }  # fmt: skip
 PICKSCORE_KL = 0.01  # Flow-GRPO
-TINY_FDFO = dict(learning_rate=3e-5, churn=0.1)  # measured: 1.5e-4 unlearns; with churn 0.01 most pairs read the same
+TINY_METHODS = {  # ours, measured on training prompts
+    "star": dict(clip_range=1e-3),  # 1e-4 clips a quarter of the tokens after one step, and what is left pulls back
+    "fdfo": dict(learning_rate=3e-5, churn=0.1),  # 1.5e-4 unlearns; with churn 0.01 most pairs read the same
+}
 
 
 def preset_help():
     lines = ["defaults that depend on the model:", f"  {'':24s}{'tiny':26s}SD3 / SD3.5"]
     lines += [f"  {name:24s}{value!s:26s}{PRESETS['sd3'][name]}" for name, value in PRESETS["tiny"].items()]
     lines += ["", "defaults that depend on the method, and stand above the model's:"]
-    methods = METHODS | {"tiny fdfo": TINY_FDFO}
+    methods = METHODS | {f"tiny {name}": values for name, values in TINY_METHODS.items()}
     lines += [f"  {name:12s}" + "  ".join(f"{k}={v}" for k, v in values.items()) for name, values in methods.items()]
     return "\n".join(lines)
 
@@ -788,6 +792,14 @@ def deal(trajectories, trained, settings, key):
     return rounds
 
 
+def loudness(trajectory, i, settings):
+    """A map of mean 1 that is concentrated on few tokens makes a step's gradient larger by its root mean square, and
+    maps concentrate as sigma falls. --step-weights equal takes that out too; M = 1 has loudness 1."""
+    if settings.step_weights == "none" or trajectory.allocation is None:
+        return 1.0
+    return trajectory.allocation[i].square().mean().sqrt().item()
+
+
 @torch.no_grad()
 def renew_old(settings, trajectory, i, velocity, sigmas, patch_size):
     """With --compile, rollout and update may be other kernels, and their difference would pass for a ratio. So before
@@ -842,7 +854,8 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
                 kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigma)
                 loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
             finite = loss.detach() * 0 + 1  # 1, or NaN where the loss is not finite: then the gradient is not, too
-            (loss * finite * weights[i] / share).backward()
+            weight = weights[i] / loudness(trajectory, i, settings)
+            (loss * finite * weight / share).backward()
             history.append({name: float(value) for name, value in stats.items()})
             if not norms:
                 first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
@@ -2544,8 +2557,8 @@ def parse_settings(arguments=None):
     if settings.task == "pickscore":
         preset = preset | {"kl": PICKSCORE_KL}
     preset = preset | METHODS.get(settings.method, {})
-    if (settings.model, settings.method) == ("tiny", "fdfo"):
-        preset = preset | TINY_FDFO
+    if settings.model == "tiny":
+        preset = preset | TINY_METHODS.get(settings.method, {})
     for name, value in preset.items():
         if getattr(settings, name) is None:
             if isinstance(value, str):

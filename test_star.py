@@ -416,6 +416,24 @@ def test_step_weights():
     assert loudness == pytest.approx([loudness[0]] * 9, rel=1e-4)
 
 
+def test_equal_step_weights_take_out_the_loudness_of_the_map_too():
+    """The gradient with respect to the velocity, of independent tokens, has the map's root mean square as its norm."""
+    settings = star.parse_settings(["--model", "tiny"])
+    velocity, advantages = torch.zeros(2, 16, 12, 12, requires_grad=True), torch.ones(2)
+    flat = star.allocation_map(torch.ones(2, 36), 1.0)
+    peaked = star.allocation_map(torch.rand(2, 36, generator=torch.Generator().manual_seed(0)) ** 8, 1.0)
+    norms = []
+    for allocation in (flat, peaked):
+        trajectory = SimpleNamespace(allocation=allocation[None])
+        mean, std = star.sde_mean_std(torch.zeros(2, 16, 12, 12), velocity, 0.8, 0.7, 0.96, 0.7)
+        log_prob = star.token_log_prob(mean.detach() + std, mean, std)  # every number one std away
+        loss, _ = star.star_objective(log_prob, log_prob.detach(), advantages, allocation, 1e-4)
+        (gradient,) = torch.autograd.grad(loss / star.loudness(trajectory, 0, settings), velocity)
+        norms.append(gradient.norm().item())
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and peaked.max() > 3
+    assert star.loudness(trajectory, 0, dataclasses.replace(settings, step_weights="none")) == 1
+
+
 # --- FDFO -------------------------------------------------------------------------------------------------------------
 
 
