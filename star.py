@@ -381,8 +381,8 @@ def step_weights(sigmas, noise_level, mode):
     """How loud each trained step speaks: "none", all 1 (Flow-GRPO); "equal", std / |d mean / d velocity|, of mean 1.
 
     The gradient with respect to the velocity goes as |d mean / d velocity| / std, which at 10 steps grows 26-fold from
-    the first step to the ninth; "equal" undoes that, and loudness() does the same for the maps (ours, off by default for
-    SD3.5).
+    the first step to the ninth; "equal" undoes that, and loudness() does the same for the maps (ours, off by default
+    for SD3.5).
     sigmas: the sampler's grid, T + 1 floats from 1 to 0. Returns T - 1 floats: the last step is never trained.
     """
     trained = len(sigmas) - 2
