@@ -4,6 +4,7 @@
                                               stop it when you like, it goes on where it was
     python assets/evidence.py run star-0      the same, for the runs named
     python assets/evidence.py table           table and learning curves (assets/curves.png) from assets/runs/
+    python assets/evidence.py pictures        the same words by each method (assets/methods.png), from runs/evidence/
     python assets/evidence.py why             the gradient's signal and the maps' aim, by arm and denoising step
 
 The second judge, which training never sees, is Tesseract (Debian package tesseract-ocr).
@@ -78,13 +79,19 @@ def train_one(job):
     return name
 
 
-def second_judge(out):
-    """Exact-match and character error rate of the test images under Tesseract."""
+def test_images(out):
+    """(prompts, images, rewards) of the test words by a run's trained model; by the base model without one."""
     settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
     policy, _ = star.load_policy(settings, reward, "cpu")
-    star.restore_transformer(policy.transformer, out)
+    if out:
+        star.restore_transformer(policy.transformer, out)
     prompts = star.load_prompts(settings.test_prompts, "ocr")
-    images = star.evaluate(policy, prompts, reward, settings)[0]
+    return prompts, *star.evaluate(policy, prompts, reward, settings)[:2]
+
+
+def second_judge(out):
+    """Exact-match and character error rate of the test images under Tesseract."""
+    prompts, images, _ = test_images(out)
     targets = [star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))]) for prompt in prompts]
     read = [star.normalise_text(tesseract(image)) for image in images]
     errors = [min(star.edit_distance(got, target) / len(target), 1) for got, target in zip(read, targets)]
@@ -187,6 +194,15 @@ def draw_curves(found, path, width=900, height=520):
     sheet.save(path)
 
 
+def pictures(count=8):
+    images, captions = [], []
+    for arm in ("base", "flow-grpo", "star", "fdfo", "fdfo-attention"):
+        prompts, drawn, rewards = test_images(None if arm == "base" else ROOT / f"runs/evidence/{arm}-0")
+        images.append(drawn[:count])
+        captions += [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts[:count], rewards.tolist())]
+    star.save_grid(ROOT / "assets/methods.png", torch.cat(images), captions, columns=count, side=120)
+
+
 # --- why --------------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +301,7 @@ def cells(images):
 
 
 if __name__ == "__main__":
-    commands = {"run": lambda: run(sys.argv[2:]), "table": table, "why": why}
+    commands = {"run": lambda: run(sys.argv[2:]), "table": table, "pictures": pictures, "why": why}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     commands[sys.argv[1]]()
