@@ -200,7 +200,7 @@ def pictures(count=8):
         prompts, drawn, rewards = test_images(None if arm == "base" else ROOT / f"runs/evidence/{arm}-0")
         images.append(drawn[:count])
         captions += [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts[:count], rewards.tolist())]
-    star.save_grid(ROOT / "assets/methods.png", torch.cat(images), captions, columns=count, side=120)
+    star.save_grid(ROOT / "assets/methods.png", torch.cat(images), captions, columns=count)
 
 
 # --- why --------------------------------------------------------------------------------------------------------------
