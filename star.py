@@ -828,10 +828,10 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
     weights += [1.0] * (settings.method == "fdfo")  # its last step too
     share = len(trajectories) * len(weights) / settings.optimizer_steps  # forwards in an optimizer step
     history, first_deviation, norms, gaps = [], 0.0, [], []
+    # Without advantages the gradient is exactly zero. Only whole microbatches are skipped, or the kernels would differ.
+    idle = {id(trajectory) for trajectory in trajectories if settings.kl == 0 and not trajectory.advantages.any()}
     rounds = deal(trajectories, len(weights), settings, key)
-    rounds = [  # without advantages the gradient is exactly zero; only whole microbatches, or the kernels would differ
-        [(trajectory, i) for trajectory, i in work if settings.kl > 0 or trajectory.advantages.any()] for work in rounds
-    ]
+    rounds = [[(trajectory, i) for trajectory, i in work if id(trajectory) not in idle] for work in rounds]
     forward = lambda trajectory, i: predict_velocity(
         transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
     )
@@ -861,8 +861,7 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
                 first_deviation = max(first_deviation, history[-1]["ratio_deviation"])
                 gaps += [] if settings.compile else [history[-1]["log_ratio"]]
         norms.append(optimizer.step())
-    skipped = sum(settings.kl == 0 and not trajectory.advantages.any() for trajectory in trajectories)
-    parts = gather([history, int(skipped), first_deviation, gaps])
+    parts = gather([history, len(idle), first_deviation, gaps])
     history, gaps = ([item for part in parts for item in part[place]] for place in (0, 3))
     skipped, first_deviation = sum(part[1] for part in parts), max(part[2] for part in parts)
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
@@ -2354,7 +2353,7 @@ class RunFolder:
                 raise BadInput(f"--resume: the processes do not find the same checkpoints in {self.path}")
         if process_rank()[0] > 0:
             return
-        config = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+        config = provenance(settings, facts)
         try:
             self.sweep()
             write_aside(self.path / "config.json", lambda aside: aside.write_text(json.dumps(config, indent=1)))
@@ -2403,6 +2402,11 @@ class RunFolder:
         save_checkpoint(self.path, iteration, optimizer, self.fixed, self.metrics, self.settings.keep)
 
 
+def provenance(settings, facts):
+    """What a result came from: every setting, package versions, how the embedded model was pre-trained."""
+    return {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
+
+
 def versions():
     found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
     for package in ("torch", "diffusers", "transformers", "safetensors", "rapidocr", "onnxruntime"):
@@ -2429,8 +2433,8 @@ def train(settings):
     train_prompts = load_prompts(settings.train_prompts, settings.task)
     test_prompts = load_prompts(settings.test_prompts, settings.task)
     reward = make_reward(settings, device)  # before the big model: what is missing is said at once
-    make_folder(Path(settings.out))
     out = Path(settings.out)
+    make_folder(out)
     try:
         with locked(out / "lock") if launched()[0] == 0 else contextlib.nullcontext():
             return train_policy(train_prompts, test_prompts, reward, settings, device)
@@ -2515,9 +2519,8 @@ def evaluate_saved(settings):
     if process_rank()[0] == 0:
         numbers = report(settings.task, records)
         rows = [{k: None if v != v else v for k, v in record.items()} for record in records]  # JSON has no NaN
-        facts = {"settings": dataclasses.asdict(settings), "versions": versions(), "embedded_model": facts}
         numbers |= {"random_weights": True} if settings.mark else {}
-        result = json.dumps({"result": numbers, **facts, "images": rows}, indent=1)
+        result = json.dumps({"result": numbers, **provenance(settings, facts), "images": rows}, indent=1)
         print_table(settings, prompts, {"score": numbers})
         try:
             write_aside(out / "evaluation.json", lambda aside: aside.write_text(result))
