@@ -29,11 +29,12 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 RUNS = ROOT / "assets/runs"
 COMMON = "--task ocr --model tiny --iterations 24 --eval-every 4"  # 24 x 128 images
-ARMS = {  # the embedded model's defaults: --step-weights equal; --clip-range 1e-4 for flow-grpo, 1e-3 for star
+ARMS = {  # the embedded model's defaults: --learning-rate 1.5e-4 --step-weights equal; --clip-range 1e-3 for star
     "flow-grpo": ("--method flow-grpo", 5),
     "flow-grpo-clip-3e-4": ("--method flow-grpo --clip-range 3e-4", 3),
+    "flow-grpo-lr-3e-4": ("--method flow-grpo --clip-range 3e-4 --learning-rate 3e-4", 3),
     "star": ("--method star", 5),
-    "star-clip-1e-4": ("--clip-range 1e-4", 3),
+    "star-lr-3e-4": ("--learning-rate 3e-4", 3),
     "star-uniform": ("--allocation uniform", 3),
     "star-shuffled": ("--allocation shuffled", 3),
     "star-static": ("--allocation static", 3),
