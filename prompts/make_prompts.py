@@ -259,76 +259,88 @@ def write_lines(rng, makers, n, words, seen):
 # kind: texts of that kind
 TEXTS = """
 cafe: The {Copper Kettle|Sleepy Heron|Blue Teapot|Velvet Bean}; {Morning|Harbor|Little Fern} Cafe; {Bean & Leaf|Cup &
-    Saucer|Milk & Honey}; Captain's Table; Cafe 1907; Daily Grind
+    Saucer|Milk & Honey}; Captain's Table; Cafe 1907; Daily Grind; Coffee Tea And Warm Hearts
 bakery: {Golden Crust|Rye & Shine|Sugar Mill} Bakery; Baker's Dozen; Flour & Salt; Grandma's Oven; The Rolling Pin;
-    Fresh Bread Daily; Crumbs; Pies & Pastries; Buns At 7
+    Fresh Bread Daily; Crumbs; Pies & Pastries; Buns At 7; We Bake While You Sleep
 books: {Paper Lantern|Second Chapter|Dusty Fox} Books; The {Quiet Page|Book Nook}; Ink & Owl; Rare Books & Maps; Used
-    Books; Once Upon A Shelf; 1001 Stories
+    Books; Once Upon A Shelf; 1001 Stories; One More Chapter Before Bed
 inn: The {Gilded Swan|Old Bell|Ivy Gate|Crooked Chimney|Silver Trout} Inn; Fox & Fiddle; The Drowsy Miller; Rooms To
-    Let; Stag & Thistle; Seven Oaks Lodge
+    Let; Stag & Thistle; Seven Oaks Lodge; Warm Beds And Good Ale
 diner: Starlight {Diner|Motel}; Comet {Lanes|Drive-In}; Open 24 Hours; The Late Plate; Velvet Room; Cactus Motel; EAT
-    HERE; Vacancy; Hot Coffee; Dance Hall; Noodles; Karaoke
+    HERE; Vacancy; Hot Coffee; Dance Hall; Noodles; Karaoke; Best Pie In The County
 road: SLOW DOWN; FALLING ROCKS; SHARP CURVE; ROAD WORK AHEAD; DEER CROSSING; DUCKS CROSSING; STEEP HILL; ONE LANE
-    BRIDGE; DEAD END; LOOSE GRAVEL; MAX 30; KEEP LEFT; DETOUR; LOW BRIDGE; SCHOOL ZONE 20; CHECK BRAKES; NO THROUGH ROAD
-street: {Juniper|Chestnut|Heron} Lane; {Orchard|Lantern} Street; Mill Hill; Harbor Row; Weaver's Alley; Old Mint Square;
-    12th Avenue; Station Road
+    BRIDGE; DEAD END; LOOSE GRAVEL; MAX 30; KEEP LEFT; DETOUR; LOW BRIDGE; SCHOOL ZONE 20; CHECK BRAKES; NO THROUGH
+    ROAD; NO SERVICES NEXT 60 MILES
+street: {Juniper|Chestnut|Heron} Lane; {Orchard|Lantern} Street; Mill Hill; Harbor Row; Weaver's Alley; Old Mint
+    Square; 12th Avenue; Station Road; Court Of The Seven Bells
 town: Welcome To {Fernvale|Pine Hollow|Maple Bay|Stonebridge}; Willow Creek Farm; Otter Lake; Population 412;
-    Campground; Drive Safely!; Come Again Soon!
+    Campground; Drive Safely!; Come Again Soon!; Gateway To The Silver Lakes
 warn: DANGER HIGH VOLTAGE; KEEP OUT; NO ENTRY; HARD HAT AREA; CAUTION; AUTHORIZED STAFF ONLY; DO NOT TOUCH; WATCH YOUR
-    STEP; EAR PROTECTION REQUIRED; EMERGENCY EXIT; LOADING ZONE; ZONE 4
+    STEP; EAR PROTECTION REQUIRED; EMERGENCY EXIT; LOADING ZONE; ZONE 4; HARD HATS REQUIRED BEYOND HERE
 park: Do Not Feed The Ducks; Leash Your Dog; No Fishing; Deep Water; Quiet Zone; Picnic Area; Nature Trail 2; Bird
-    Sanctuary; No Campfires; Stay On The Path; Beware Of Geese!
-title: The {Salt Road|Glass Orchard|Beekeeper's Almanac|Winter Atlas}; A Map Of Rain; Letters From Nowhere; Tales Of The
-    Tide; The 13th Key; Small Brave Things; Ember & Ash; How Rivers Remember; The Owl's Secret; Hollow Moon; Seven Quiet
-    Winters; The Lost Cartographer; Whispers; Kingdom Of Moss
+    Sanctuary; No Campfires; Stay On The Path; Beware Of Geese!; Please Keep Off The Grass
+title: The {Salt Road|Glass Orchard|Beekeeper's Almanac|Winter Atlas}; A Map Of Rain; Letters From Nowhere; Tales Of
+    The Tide; The 13th Key; Small Brave Things; Ember & Ash; How Rivers Remember; The Owl's Secret; Hollow Moon; Seven
+    Quiet Winters; The Lost Cartographer; Whispers; Kingdom Of Moss; The Girl Who Collected Storms; A Brief History Of
+    Buttons
 film: The Last Lighthouse; Midnight Over The Bay; Ghost Orchard; Return To Zero; Train 49; City Of Echoes; The Runaway
-    Piano; Static; Silent Harbor; Love & Thunderstorms; Robot Holiday; Night Shift; Deep Blue Signal
+    Piano; Static; Silent Harbor; Love & Thunderstorms; Robot Holiday; Night Shift; Deep Blue Signal; The Night The
+    Moon Fell; Nobody Leaves The Glass Island
 event: {Summer Jazz|Open Mic|Salsa Dance} Night; Folk Fest 2025; Harvest Fair; Spring Parade; Kite Day; Book Fair; Rock
-    The River; Lantern Festival; Street Food Sunday; Live Tonight!; Battle Of The Bands
+    The River; Lantern Festival; Street Food Sunday; Live Tonight!; Battle Of The Bands; Pancake Breakfast Saturday 9
+    AM
 slogan: Stay Curious; Good Vibes Only; But First Coffee; Plant Lover; Born To Hike; World's Okayest Cook; Be Kind; Not
-    Today; Less Is More; Hello Sunshine; I Paused My Game; Nope; Powered By Tea; Read More Books; Early Bird; Eat & Run
+    Today; Less Is More; Hello Sunshine; I Paused My Game; Nope; Powered By Tea; Read More Books; Early Bird; Eat &
+    Run; Easily Distracted By Small Dogs; Ask Me About My Garden
 party: Happy Birthday; Happy 30th!; Best Wishes; You Are 6!; Hooray; Welcome Baby; Good Luck!; Sweet 16; Bon Voyage;
-    Happy New Year; Just Married; Let's Party!; Cheers To 50 Years; Happy Retirement
-card: Thank You; Get Well Soon; With Love; Season's Greetings; Miss You; Thinking Of You; You're Invited; Save The Date;
-    Hugs; For My Sister; Congratulations; New Home!; Peace & Joy; Dear Grandpa
-date: Built 1887; Est. 1912; 4 May 1931; Founded 1768; Restored In 1999; Anno 1642; Opened June 1925; City Library 1903;
-    Erected 1850; Town Hall; School House 1871; 21 March 1956
+    Happy New Year; Just Married; Let's Party!; Cheers To 50 Years; Happy Retirement; Happy Birthday To My Twin; Fifty
+    Years And Still Dancing
+card: Thank You; Get Well Soon; With Love; Season's Greetings; Miss You; Thinking Of You; You're Invited; Save The
+    Date; Hugs; For My Sister; Congratulations; New Home!; Peace & Joy; Dear Grandpa; Wishing You A Quiet Week; Thank
+    You For The Flowers
+date: Built 1887; Est. 1912; 4 May 1931; Founded 1768; Restored In 1999; Anno 1642; Opened June 1925; City Library
+    1903; Erected 1850; Town Hall; School House 1871; 21 March 1956; Given By The Town 1904
 keepsake: Forever & Always; Come Home Soon; My Compass; To The Moon; Yours; Hope; Never Lost; Two Hearts; Since 2011;
-    Still I Wander; Courage; Grow Old With Me; 12 August 1988
+    Still I Wander; Courage; Grow Old With Me; 12 August 1988; You Are My Safe Harbor
 plate: KLM 482; SEA 204; BUG 4 FUN; OLD 1962; ROADTRIP; 7 WAVES; QRT 905; SLOW 1; ZOOM ZOOM; DX 5510; GO WEST
 jar: Fig Jam; Wild Honey; Plum Jam 2023; Pickled Beets; Sea Salt; Lemon Curd; Dried Mint; Coffee Beans; Grandpa's
-    Chutney; Oats & Seeds; Star Anise; Batch 12
+    Chutney; Oats & Seeds; Star Anise; Batch 12; Best Before The First Frost
 potion: Moon Dust; Dragon Tears; Sleep Tonic; Elixir No. 9; Bottled Storm; Truth Drops; Frog Breath; Starlight;
-    Invisible Ink; Essence Of Fog; Troll's Remedy
+    Invisible Ink; Essence Of Fog; Troll's Remedy; Do Not Drink After Midnight
 chalk: Welcome Back!; Math Test Friday; Read Chapter 5; Today Is Monday; No Homework!; Spelling Bee; Science Fair; The
-    Water Cycle; Open Your Books; Class 3A; History; The Solar System
+    Water Cycle; Open Your Books; Class 3A; History; The Solar System; Please Bring Your Gym Shoes
 menu: Soup Of The Day; Fresh Waffles; Hot Chocolate; Two For One Tuesday; Pie & Coffee; Brunch Until 2; Homemade
-    Lemonade; Breakfast All Day; Pancakes!; Today's Catch; Cold Brew; Vegan Chili
-note: Buy Milk; Call Back; Don't Forget Keys; Back By Noon; Dentist At 3; Water The Plants; You Got This!; Feed The Cat;
-    Smile; Pay Rent; Meeting 10 AM; Drink Water; Ask For Help
+    Lemonade; Breakfast All Day; Pancakes!; Today's Catch; Cold Brew; Vegan Chili; Kids Eat Free On Mondays
+note: Buy Milk; Call Back; Don't Forget Keys; Back By Noon; Dentist At 3; Water The Plants; You Got This!; Feed The
+    Cat; Smile; Pay Rent; Meeting 10 AM; Drink Water; Ask For Help; Gone Fishing Back At 5
 screen: Low Battery; Update Complete; 3 New Messages; No Signal; Loading; Enter Password; Alarm 6:30; Try Again; File
-    Not Found; Saved!; Hello World; System Ready; Call Ended
+    Not Found; Saved!; Hello World; System Ready; Call Ended; Your Download Will Start Soon
 game: GAME OVER; LEVEL 7; INSERT COIN; HIGH SCORE 9800; PRESS START; BONUS ROUND; NEW RECORD; PLAYER 2 WINS; STAGE
-    CLEAR; EXTRA LIFE; READY GO!; CREDITS 2
-boat: Sea Sparrow; Morning Tide; The Wandering Gull; Salty Dog; Northern Light; Second Wind; Lucky 7; Mermaid's Song
-craft: AURORA 7; STAR WANDERER; DEEP FIELD 3; ODDITY; LONG WAY HOME; ORBIT ONE; CREW ONLY; NOVA 5; AIR LOCK
-robot: UNIT 12; Hello Human; PROTOTYPE X9; HELPER 3; GARDEN BOT; TYPE B; I Make Toast; MODEL 88; FREE HUGS; BEEP!
+    CLEAR; EXTRA LIFE; READY GO!; CREDITS 2; COLLECT ALL THE GOLDEN KEYS
+boat: Sea Sparrow; Morning Tide; The Wandering Gull; Salty Dog; Northern Light; Second Wind; Lucky 7; Mermaid's Song;
+    Wind In My Old Sails
+craft: AURORA 7; STAR WANDERER; DEEP FIELD 3; ODDITY; LONG WAY HOME; ORBIT ONE; CREW ONLY; NOVA 5; AIR LOCK; NEXT STOP
+    RINGS OF SATURN
+robot: UNIT 12; Hello Human; PROTOTYPE X9; HELPER 3; GARDEN BOT; TYPE B; I Make Toast; MODEL 88; FREE HUGS; BEEP!; ASK
+    ME TO WATER PLANTS
 mural: Dream Bigger; Love This City; Create; Rise Up; Color Outside The Lines; Unity; No Limits; Breathe Deep; Street
-    Poets; Wild At Heart; Never Stop Playing; We Are One
+    Poets; Wild At Heart; Never Stop Playing; We Are One; Plant Seeds Where You Stand
 door: SALE; Half Price; Closing Down Sale; Open Late; Back In 5 Minutes; Sorry We're Closed; Now Hiring; New Arrivals;
-    Cash Only; Grand Opening!; Everything Must Go; Buy 2 Get 1; Moving Soon
+    Cash Only; Grand Opening!; Everything Must Go; Buy 2 Get 1; Moving Soon; Please Ring The Bell Twice
 crate: FRAGILE; HANDLE WITH CARE; THIS SIDE UP; KEEP DRY; PROPERTY OF MUSEUM; BOX 18 OF 20; TOP SECRET; KITCHEN STUFF;
-    EXPEDITION 1911; DO NOT STACK; BOOKS & RECORDS
+    EXPEDITION 1911; DO NOT STACK; BOOKS & RECORDS; OPEN THIS END WITH CARE
 news: Storm Is Coming; Local Team Wins!; Bridge Reopens Today; Comet Seen Again; Snow Stops Trains; Mystery Solved;
-    Giant Pumpkin Wins; Whale In Harbor; Lost Cat Found; Record Heat; Library Saved!
-map: Whale Bay; Here Be Dragons; Hidden Harbor; Cape Sorrow; Lost Lagoon; North Sea; Isle Of Mist; The Long River
+    Giant Pumpkin Wins; Whale In Harbor; Lost Cat Found; Record Heat; Library Saved!; Town Clock Runs Backwards Again
+map: Whale Bay; Here Be Dragons; Hidden Harbor; Cape Sorrow; Lost Lagoon; North Sea; Isle Of Mist; The Long River;
+    Beyond This Point Lie Monsters
 truck: Taco Sunrise; Noodle Wagon; Waffle Station; The Rolling Grill; Frosty's Ice Cream; Dumpling Express; Big Cone;
-    Curry In A Hurry; Pizza & Peace; Churros; Soup Troop
-market: Fresh Eggs; Ripe Peaches; Local Honey; 3 For 5; Organic; Today's Berries; Sweet Corn; Wild Mushrooms
+    Curry In A Hurry; Pizza & Peace; Churros; Soup Troop; Hot Buns And Cold Lemonade
+market: Fresh Eggs; Ripe Peaches; Local Honey; 3 For 5; Organic; Today's Berries; Sweet Corn; Wild Mushrooms; Three
+    Melons For Two Coins
 library: Quiet Please; Silence; Poetry Section; Reading Room 2; Staff Picks; Local History; New Books; Lost & Found;
-    Fiction A To M; Children's Corner; Do Not Disturb
+    Fiction A To M; Children's Corner; Do Not Disturb; Return Books To This Desk
 cause: Save The Bees; Plant More Trees; Clean Our River; Bike To Work; Protect The Reef; Art For All; Reuse & Repair;
-    Libraries Matter; There's No Planet B; Music In Schools
+    Libraries Matter; There's No Planet B; Music In Schools; Give The River Room Again
 """
 
 # kind | what carries the text | how the text is made | where | light
@@ -618,6 +630,8 @@ def check_properties(files):
     for line in files["ocr/train.txt"] + files["ocr/test.txt"]:
         assert 10 <= len(line.split()) <= 40 and 1 <= len(quoted(line).split()) <= 5, line
         assert re.fullmatch(r"[a-z0-9 '!&:.-]+", quoted(line)), line
+    for name in ("ocr/train.txt", "ocr/test.txt"):
+        assert {len(quoted(line).split()) for line in files[name]} == {1, 2, 3, 4, 5}, name
     for line in files["pickscore/train.txt"] + files["pickscore/test.txt"]:
         assert 6 <= len(line.split()) <= 40 and '"' not in line, line
     train, test = ["\n".join(files[f"pickscore/{part}.txt"]).lower() for part in ("train", "test")]
