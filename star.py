@@ -866,7 +866,10 @@ def update(policy, reference, optimizer, trajectories, sigmas, settings, key=())
     skipped, first_deviation = sum(part[1] for part in parts), max(part[2] for part in parts)
     averages = {name: sum(h[name] for h in history) / len(history) for name in (history[0] if history else ())}
     if first_deviation > 0:
-        print(f"note: the ratio was off 1 by {first_deviation:.1e} before the first step: rollout and update differ")
+        print(
+            f"{settings.mark}note: the ratio was off 1 by {first_deviation:.1e} before the first step: rollout and "
+            "update differ"
+        )
     taken = [norm for norm in norms if math.isfinite(norm)]
     averages |= {"ratio_deviation": first_deviation, "skipped": skipped, "steps_skipped": len(norms) - len(taken)}
     averages["rollout_gap"] = sum(gaps) / max(len(gaps), 1)
@@ -979,8 +982,12 @@ class Policy:
         self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         for module in (pipe.vae.to(device), *self.encoders):
             module.requires_grad_(False)
-        size = settings.resolution // pipe.vae_scale_factor
+        scale = pipe.vae_scale_factor
+        size = settings.resolution // scale
         self.latent_shape = (self.transformer.config.in_channels, size, size)
+        largest = self.transformer.config.pos_embed_max_size * self.transformer.config.patch_size
+        if size > largest:
+            raise BadInput(f"--resolution {settings.resolution}: the model knows places up to {largest * scale} px")
         self.noted = False  # that a prompt's core content was lost to truncation: said once
 
     def embed(self, texts):
@@ -1080,59 +1087,59 @@ def load_policy(settings, reward, device):
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # not there, not whole, not what it should be
-        raise BadInput(
-            f"--model {settings.model}: {str(error).strip().splitlines()[0]} (SD3.5 is gated: accept its licence at "
-            "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, then run `hf auth login`; "
-            "--model tiny needs nothing)"
-        ) from error
+        raise BadInput(f"--model {settings.model}: {why_not_loaded(settings.model, error)}") from error
     if settings.gradient_checkpointing == "on":
         policy.transformer.enable_gradient_checkpointing()
     if settings.compile:
-        policy.transformer._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for SD3
-        policy.transformer.compile_repeated_blocks()
+        compile_blocks(policy.transformer)
     return policy, None
 
 
+def why_not_loaded(model, error):
+    """One line for what a loader raised: the loaders' own first line hides that a model is gated, or the hub away."""
+    reasons, cause = set(), error
+    while cause is not None:
+        reasons |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    if Path(model).is_dir():
+        return str(error).strip().splitlines()[0]
+    if "GatedRepoError" in reasons:
+        why = "no access to its weights"
+    elif reasons & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"}:
+        why = "not in the local cache, and the hub cannot be reached"
+    else:
+        why = str(error).strip().splitlines()[0]
+    return (
+        f"{why} (SD3.5 is gated: accept its licence at https://huggingface.co/{SD35}, then run `hf auth login`; "
+        "--model tiny needs nothing)"
+    )
+
+
+def compile_blocks(transformer):
+    """diffusers' regional compilation: a graph for each kind of block and each way of calling it (batch, gradient,
+    attention captured). Those are 13 in a run; after 8 torch would go on uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
+    transformer._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for SD3
+    transformer.compile_repeated_blocks()
+
+
+def frozen_copy(transformer, settings):
+    """The KL term's reference: the model as it is now."""
+    reference = copy.deepcopy(transformer).requires_grad_(False)
+    if settings.compile:  # a copy is not compiled
+        compile_blocks(reference)
+    return reference
+
+
 def plan_memory(settings, config, device):
-    """Settle --optimizer-device and --gradient-checkpointing by the memory there is; BadInput where nothing fits.
-
-    Bytes a parameter: 2 bf16 weight, 4 fp32 gradient, 12 fp32 master and moments, 2 bf16 KL reference. Activations of
-    SD3's blocks: 58 bytes x width x tokens a block, and 28 x width x image tokens more where it has a second attention,
-    counted from what autograd keeps of a bf16 forward (fp32: twice that); with checkpointing only each block's inputs
-    stay, and one block's activations. 4 GB for CUDA, decoding and the captured attention, and 4 GB for a reward's
-    networks, are a guess.
-    """
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
-    if settings.evaluate:  # no gradients, no optimizer: nothing to plan
-        settings.gradient_checkpointing, settings.optimizer_device = "off", "cpu"
-        return
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    image = (settings.resolution // 8 // config["patch_size"]) ** 2
-    tokens = image + 77 + settings.t5_length
-    blocks, duals = config["num_layers"], len(config.get("dual_attention_layers", ()))
-    unit = settings.batch_size * (2 if settings.guidance > 1 else 1) * width * (1 if settings.dtype == "bf16" else 2)
-    activations = {
-        "off": unit * (58 * tokens * blocks + 28 * image * duals),
-        "on": unit * (2 * tokens * blocks + 58 * tokens + 28 * image),
-    }
+    """Settle --optimizer-device and --gradient-checkpointing by the memory there is; BadInput where nothing fits."""
     cuda = torch.device(device).type == "cuda"
-    others = 4e9 * cuda + 4e9 * (settings.task != "ocr" and settings.model != "random")
-    images = settings.prompts_per_iteration * settings.group_size  # their trajectories stay until the update
-    trajectory = (settings.sampling_steps + 1) * 16 * (settings.resolution // 8) ** 2 * 4  # fp32 latents
-    others += images * trajectory * (2 if settings.method == "fdfo" else 1)  # fdfo's velocities
     host = math.inf if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     capacity = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else host
-
-    def need(optimizer, checkpointing):  # on the device that computes, in GB
-        weight = 2 if settings.dtype == "bf16" else 4
-        per_parameter = weight * (1 + (settings.kl > 0)) + 4 + 12 * (optimizer == "cuda" or not cuda)
-        return (parameters * per_parameter + activations[checkpointing] + others) / 1e9
-
+    if settings.evaluate:  # no gradients, no optimizer
+        settings.gradient_checkpointing, settings.optimizer_device = "off", "cpu"
     options = [  # the fastest first
-        (optimizer, checkpointing)
+        dataclasses.replace(settings, optimizer_device=optimizer, gradient_checkpointing=checkpointing)
         for optimizer in (("cuda", "cpu") if cuda else ("cpu",))
         for checkpointing in ("off", "on")
         if settings.optimizer_device in ("auto", optimizer)
@@ -1140,30 +1147,83 @@ def plan_memory(settings, config, device):
     ]
     if not options:
         raise BadInput("--optimizer-device cuda: there is no CUDA device")
-    for optimizer, checkpointing in options:
-        in_host = 16 * parameters / 1e9 if cuda and optimizer == "cpu" else 0  # masters, moments, gradients passing by
-        in_host = (in_host + 11 * cuda) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # and the text encoders' 11 GB
-        if need(optimizer, checkpointing) <= capacity and in_host <= host:
-            settings.optimizer_device, settings.gradient_checkpointing = optimizer, checkpointing
-            if cuda:
-                print(
-                    f"about {need(optimizer, checkpointing):.0f} of {capacity:.0f} GB of GPU memory expected "
-                    f"(--optimizer-device {optimizer} --gradient-checkpointing {checkpointing})"
-                )
+    for option in options:
+        needed, in_host = memory_needed(option, config, cuda)
+        if needed <= capacity and in_host <= host:
+            settings.optimizer_device = option.optimizer_device
+            settings.gradient_checkpointing = option.gradient_checkpointing
+            if cuda and not settings.evaluate:
+                how = f"--optimizer-device {option.optimizer_device}"
+                how += f" --gradient-checkpointing {option.gradient_checkpointing}"
+                print(f"{settings.mark}about {needed:.0f} of {capacity:.0f} GB of GPU memory expected ({how})")
             return
-    smaller = {
+    if needed <= capacity:
+        raise BadInput(
+            f"about {in_host:.0f} GB of host memory needed, {host:.0f} GB there: for the text encoders and, with the "
+            "optimizer on the CPU, masters and moments; --t5-length 0 leaves out the largest encoder"
+        )
+    smallest = dataclasses.replace(
+        settings, batch_size=1, kl=0.0, guidance=1.0, t5_length=0, resolution=256, optimizer_device="cpu",
+        gradient_checkpointing="on",
+    )  # fmt: skip
+    least = memory_needed(smallest, config, cuda)[0]
+    free, others = lighter(option)
+    advice = f"try {', '.join(free + others)}" if least <= capacity else f"{least:.0f} GB with every option against it"
+    raise BadInput(f"about {needed:.0f} GB of {'GPU ' * cuda}memory needed, {capacity:.0f} GB there; {advice}")
+
+
+def memory_needed(settings, config, cuda):
+    """(GB on the device that computes, GB in the host besides), estimated before anything is loaded.
+
+    Bytes a parameter: 2 bf16 weight, 4 fp32 gradient, 12 fp32 master and moments, 2 bf16 KL reference. Activations of
+    SD3's blocks: 58 bytes x width x tokens a block, and 28 x width x image tokens more where it has a second attention,
+    counted from what autograd keeps of a bf16 forward (fp32: twice that); with checkpointing only each block's inputs
+    stay, and one block's activations. Before there are gradients and activations, the text encoders have their turn.
+    4 GB for CUDA, decoding and the captured attention, and 4 GB for a reward's networks, are a guess.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
+    size = 2 if settings.dtype == "bf16" else 4  # bytes a number
+    encoders = 0 if settings.model == "random" else (5.5e9 if settings.t5_length else 0.8e9) * size
+    others = 4e9 * cuda + 4e9 * (settings.task != "ocr" and settings.model != "random")
+    standing = parameters * size + others
+    if settings.evaluate:
+        return (standing + encoders) / 1e9, encoders * cuda / 1e9
+    in_host = settings.optimizer_device == "cpu" and cuda  # masters and moments
+    standing += parameters * (size * (settings.kl > 0) + 12 * (not in_host))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    image = (settings.resolution // 8 // config["patch_size"]) ** 2
+    tokens = image + 77 + settings.t5_length
+    blocks, duals = config["num_layers"], len(config.get("dual_attention_layers", ()))
+    activations = settings.batch_size * (2 if settings.guidance > 1 else 1) * width * size / 2
+    if settings.gradient_checkpointing == "on":
+        activations *= 2 * tokens * blocks + 58 * tokens + 28 * image
+    else:
+        activations *= 58 * tokens * blocks + 28 * image * duals
+    images = settings.prompts_per_iteration * settings.group_size  # their trajectories stay until the update
+    trajectory = (settings.sampling_steps + 1) * 16 * (settings.resolution // 8) ** 2 * 4  # fp32 latents
+    rollouts = images * trajectory * (2 if settings.method == "fdfo" else 1)  # fdfo's velocities
+    host = (16 * parameters * in_host + encoders * cuda) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # with gradients
+    return (standing + max(encoders, 4 * parameters + activations + rollouts)) / 1e9, host / 1e9  # passing by
+
+
+def lighter(settings):
+    """What would take less GPU memory and is not in use yet: ([options that --resume lets change], [the others])."""
+    batch = 2 if settings.method == "fdfo" else 1
+    free = {
         "--optimizer-device cpu": settings.optimizer_device == "cuda",
-        "--gradient-checkpointing on": settings.gradient_checkpointing == "off",
-        "--kl 0": settings.kl > 0,
-        "--batch-size 1": settings.batch_size > 1,
+        "--gradient-checkpointing on": settings.gradient_checkpointing == "off" and not settings.evaluate,
+        f"--batch-size {batch}": settings.batch_size > batch,
+    }
+    others = {
+        "--kl 0": settings.kl > 0 and not settings.evaluate,
         "--guidance 1": settings.guidance > 1,
+        "--t5-length 0": settings.t5_length > 0,
         "a smaller --resolution": settings.resolution > 256,
     }
-    smaller = ", ".join(way for way, helps in smaller.items() if helps) or "a larger machine"
-    raise BadInput(
-        f"about {need(*options[-1]):.0f} GB of {'GPU ' * cuda}memory needed, {capacity:.0f} GB there "
-        f"(and {host:.0f} GB in the host); try {smaller}"
-    )
+    return tuple([way for way, helps in ways.items() if helps] for ways in (free, others))
 
 
 # --- random weights: what a real model costs, where its weights cannot be had -----------------------------------------
@@ -1181,14 +1241,16 @@ SD35_VAE = dict(
 
 
 def random_pipeline(settings, device):
-    import diffusers
+    from diffusers import (
+        AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline,
+    )  # fmt: skip
 
     torch.manual_seed(settings.seed)
     with torch.device(device):  # made where it is used: no copy in host memory
-        transformer = diffusers.SD3Transformer2DModel(**SD35_MEDIUM).to(DTYPES[settings.dtype])
-        vae = diffusers.AutoencoderKL(**SD35_VAE).to(DTYPES[settings.dtype])
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        transformer = SD3Transformer2DModel(**SD35_MEDIUM).to(DTYPES[settings.dtype])
+        vae = AutoencoderKL(**SD35_VAE).to(DTYPES[settings.dtype])
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
 
@@ -1776,12 +1838,21 @@ class ModelReward:
 
     def __init__(self, folder, device):
         self.folder, self.device, self.pool = folder, device, ThreadPoolExecutor(1)
+        # On a GPU a queue of its own: every number read back would otherwise wait for all that the sampler has queued.
+        self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self.load()
 
     def submit(self, images, prompts):
         """One future of a score for every image [B, 3, h, w] uint8, in order."""
-        batch = self.pool.submit(self.scores, images, prompts)
+        batch = self.pool.submit(self.judge, images, prompts)
         return [self.pool.submit(lambda i=i: batch.result()[i]) for i in range(len(images))]  # the thread keeps order
+
+    def judge(self, images, prompts):
+        with torch.cuda.stream(self.stream):
+            scores = self.scores(images, prompts)
+        if len(scores) != len(images):
+            raise ValueError(f"the reward gave {len(scores)} scores for {len(images)} images")
+        return scores
 
 
 DETECTOR_SIZE = {"shortest_edge": 800, "longest_edge": 1333}  # px, the benchmark's; transformers' processor has 384
@@ -1807,7 +1878,9 @@ class GenEvalReward(ModelReward):
         self.names = {i: DETECTOR_NAMES.get(name, name) for i, name in self.detector.config.id2label.items()}
         unknown = set(GENEVAL_CLASSES) - set(self.names.values())
         if unknown:
-            raise BadInput(f"--reward-model {self.folder}: its detector does not know the class {min(unknown)!r}")
+            raise BadInput(
+                f"--reward-model {self.folder or 'from the hub'}: its detector does not know the class {min(unknown)!r}"
+            )
 
     @torch.no_grad()
     def scores(self, images, prompts):
@@ -2173,7 +2246,7 @@ def average_gradients(gradients, parameters):
 
 FREE_ON_RESUME = {  # these may differ: the mathematics stays the same
     "compile", "out", "resume", "evaluate", "save_every", "keep", "iterations", "eval_every", "optimizer_device",
-    "gradient_checkpointing", "reward_model",
+    "gradient_checkpointing", "reward_model", "batch_size",
 }  # fmt: skip
 
 
@@ -2448,7 +2521,7 @@ def train_policy(train_prompts, test_prompts, reward, settings, device):
     """The whole run, in a folder that no other process touches; from its newest checkpoint if --resume asks for it."""
     policy, facts = load_policy(settings, reward, device)
     join_processes(device)
-    reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
+    reference = frozen_copy(policy.transformer, settings) if settings.kl > 0 else None
     optimizer = MasterAdamW(
         policy.transformer.parameters(), settings.learning_rate, "cpu" if settings.optimizer_device == "cpu" else None
     )
@@ -2549,8 +2622,11 @@ def parse_settings(arguments=None):
         run = saved_transformer(settings.evaluate).parent if settings.evaluate else Path(out)
         known = {field.name for field in dataclasses.fields(Settings)} - {"out", "resume", "evaluate"}
         saved = {name: value for name, value in saved_settings(run).items() if name in known and value is not None}
-        own = [f"--{name}={value}" for name, value in saved.items()]
-        settings = Settings(**vars(parser.parse_args([*own, *arguments, *([f"--out={out}"] if out else [])])))
+        for other_task in (set(), {"task", "train_prompts", "test_prompts", "reward_model", "kl"}):
+            own = [f"--{name}={value}" for name, value in saved.items() if name not in other_task]
+            settings = Settings(**vars(parser.parse_args([*own, *arguments, *([f"--out={out}"] if out else [])])))
+            if settings.task == saved.get("task", settings.task):
+                break  # else the run is to be judged by another task, with that one's prompts and reward
     cuda = torch.cuda.is_available()
     if settings.model is None:
         settings.model = SD35 if cuda else "tiny"
@@ -2699,12 +2775,13 @@ def main():
         print(f"star.py: stopped: {error}; the newest checkpoint: {newest}", file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        print(
-            f"star.py: stopped: out of GPU memory ({str(error).splitlines()[0][:200]}); try --batch-size 1, "
-            "--gradient-checkpointing on, --optimizer-device cpu, --kl 0 or a smaller --resolution; "
-            "what the run had saved is still in its folder",
-            file=sys.stderr,
-        )
+        newest = next(iter(checkpoints(Path(settings.out)).values()), None)
+        free, others = lighter(settings)
+        advice = [f"--resume --out {settings.out} goes on from {newest}"] if newest else []
+        advice += [f"try {', '.join(free)}"] if free else []
+        advice += [f"a new run may take {', '.join(others)}"] if others else []
+        what = str(error).splitlines()[0][:200]
+        print(f"star.py: stopped: out of GPU memory ({what}); {'; '.join(advice)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -969,6 +969,16 @@ def test_geneval_names_the_colour_of_the_object_alone(reward_models, monkeypatch
     assert len(seen["texts"]) == 30 and seen["texts"][:2] == ["a photo of a red dog", "a photo of a red-colored dog"]
 
 
+def test_a_batched_reward_that_gives_the_wrong_count_stops_the_run(reward_models, monkeypatch):
+    reward = star.make_reward(star.Settings(task="pickscore", reward_model=str(reward_models / "clip")), "cpu")
+    images, settings = noise_images(4), star.Settings(batch_size=2)
+    for count in (1, 3):
+        monkeypatch.setattr(reward, "scores", lambda images, prompts: [0.5] * count)
+        pending = [future for half in images.split(2) for future in reward.submit(half, PROMPTS[:2])]
+        with pytest.raises(star.RunStopped, match=f"ValueError: the reward gave {count} scores for 2 images"):
+            star.gather_rewards(images, pending, 4, settings)
+
+
 def test_pickscore_from_a_checkpoint_to_scores(reward_models):
     import transformers
 
@@ -1288,6 +1298,11 @@ def test_a_saved_run_is_scored_as_training_scored_it(quick_base, capsys, monkeyp
     assert [image["prompt"] for image in found["images"]] == [p.text for p in star.load_prompts(prompts, "ocr")]
     from PIL import Image
 
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"settings": saved["settings"] | {"model": star.SD35}}))
+    own = saved["settings"]["test_prompts"]
+    for arguments, expected in (([], own), (["--task", "pickscore"], str(ROOT / "prompts/pickscore/test.txt"))):
+        assert star.parse_settings([*arguments, "--evaluate", str(run)]).test_prompts == expected
     for name in ("score3", "score11"):
         assert Image.open(quick_base / name / "evaluation.png").width > 100
     weights = run / "transformer/diffusion_pytorch_model.safetensors"
@@ -1390,10 +1405,10 @@ def test_a_saved_sd3_takes_the_same_path_as_the_embedded_model(tmp_path, monkeyp
         "--gradient-checkpointing on --kl 0 --guidance 1 --dtype fp32",
         "--gradient-checkpointing on --optimizer-device cpu",
         "--method fdfo --guidance 3 --gradient-checkpointing on",
-        "--compile",
+        "--compile --batch-size 2",
     ],
 )
-def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_path, monkeypatch, capsys, arguments):
+def test_random_weights_take_every_option_and_say_so(tmp_path, monkeypatch, capsys, caplog, arguments):
     """--model random at a small size: checkpointing, host optimizer, KL on and off, guidance on and off."""
     monkeypatch.setattr(star, "SD35_MEDIUM", star.SD35_MEDIUM | dict(
         num_layers=10, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=32, caption_projection_dim=16,
@@ -1414,6 +1429,7 @@ def test_random_weights_take_every_option_and_say_that_they_are_no_result(tmp_pa
     assert len(results) >= 5 and all(star.RANDOM in line for line in results) and star.RANDOM in printed.err
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["random_weights"] and line["ratio_deviation"] == 0 and line["gradient_norm"] > 0
+    assert "recompile_limit" not in caplog.text  # torch's word for going on uncompiled
 
 
 @pytest.mark.parametrize("method", ["star", "fdfo"])
@@ -1467,20 +1483,53 @@ def test_checkpointing_and_the_host_optimizer_change_nothing(tiny):
         (60, "", ("cuda", "on")),
         (25, "", ("cpu", "on")),
         (80, "--optimizer-device cpu --gradient-checkpointing on", ("cpu", "on")),
-        (16, "", "--kl 0, --batch-size 1, --guidance 1"),
-        (25, "--optimizer-device cuda", "--optimizer-device cpu"),
+        (22, "", "22 GB there; try --batch-size 1, --kl 0, --guidance 1, --t5-length 0, a smaller --resolution$"),
+        (12, "", "12 GB there; 18 GB with every option against it$"),
+        (25, "--optimizer-device cuda", "try --optimizer-device cpu, --batch-size 1"),
+        (12, "--evaluate {}", "12 GB there; try --batch-size 1, --guidance 1, --t5-length 0, a smaller --resolution$"),
+        (8, "--evaluate {}", "8 GB there; 10 GB with every option against it$"),
     ],
 )
-def test_memory_is_planned_before_anything_is_loaded(monkeypatch, capacity, arguments, expected):
+def test_memory_is_planned_before_anything_is_loaded(monkeypatch, tmp_path, capacity, arguments, expected):
     monkeypatch.setattr(star.os, "sysconf", lambda name: 128e9 if name == "SC_PHYS_PAGES" else 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=capacity * 1e9))
-    settings = star.parse_settings(["--model", "random", *arguments.split()])
+    model = star.SD35 if "--evaluate" in arguments else "random"  # evaluation has the text encoders too
+    (tmp_path / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    settings = star.parse_settings(["--model", model, *arguments.format(tmp_path).split()])
     if isinstance(expected, tuple):
         star.plan_memory(settings, star.SD35_MEDIUM, "cuda")
         assert (settings.optimizer_device, settings.gradient_checkpointing) == expected
     else:
         with pytest.raises(star.BadInput, match="GB of GPU memory needed.*" + expected):
             star.plan_memory(settings, star.SD35_MEDIUM, "cuda")
+
+
+def test_too_little_host_memory_is_not_blamed_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(star.os, "sysconf", lambda name: 32e9 if name == "SC_PHYS_PAGES" else 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=26e9))
+    with pytest.raises(star.BadInput, match="^about 47 GB of host memory needed, 32 GB there"):
+        star.plan_memory(star.parse_settings(["--model", star.SD35]), star.SD35_MEDIUM, "cuda")
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("GatedRepoError", "no access to its weights .SD3.5 is gated: accept its licence at https://.*hf auth login"),
+    ("LocalEntryNotFoundError", "not in the local cache, and the hub cannot be reached .SD3.5 is gated"),
+])  # fmt: skip
+def test_weights_that_the_hub_does_not_give(monkeypatch, kind, message):
+    import huggingface_hub.errors
+    from diffusers import StableDiffusion3Pipeline
+
+    def load_config(_):
+        error = getattr(huggingface_hub.errors, kind)
+        try:
+            raise error.__new__(error)
+        except OSError:
+            raise OSError("a/b is not a valid model identifier\nand more lines")  # as diffusers does
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_config", load_config)
+    with pytest.raises(star.BadInput, match=f"^--model {star.SD35}: {message}") as error:
+        star.load_policy(star.parse_settings(["--model", star.SD35]), None, "cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_sd35_mediums_architecture_has_the_published_size():
@@ -1515,15 +1564,28 @@ def test_a_folder_of_another_model_is_named(tmp_path, monkeypatch):
             star.train(star.parse_settings(["--model", str(folder), "--out", str(tmp_path / "run")]))
 
 
-def test_running_out_of_gpu_memory_ends_with_what_to_change(monkeypatch, capsys):
-    def exhausted(settings):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+def test_running_out_of_gpu_memory_ends_with_what_to_change(tmp_path, monkeypatch, capsys):
+    """In the third iteration. What was saved is there, and goes on with a batch that fits."""
+    arguments = ["star.py", *shrink(tmp_path, monkeypatch.setattr), "--kl", "0.01", "--out", f"{tmp_path}/run"]
+    whole = star.update
 
-    monkeypatch.setattr(star, "train", exhausted)
-    monkeypatch.setattr(sys, "argv", ["star.py", "--model", "tiny"])
+    def exhausted(policy, reference, optimizer, trajectories, sigmas, settings, key):
+        if key[1] == 3 and settings.batch_size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nsecond line")
+        return whole(policy, reference, optimizer, trajectories, sigmas, settings, key)
+
+    monkeypatch.setattr(star, "update", exhausted)
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:
         star.main()
-    assert stop.value.code == 1 and "--gradient-checkpointing on" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "Tried to allocate 2 GiB); --resume --out" in line
+    assert line.endswith(
+        "checkpoints/000002; try --gradient-checkpointing on, --batch-size 1; a new run may take --kl 0"
+    )
+    monkeypatch.setattr(sys, "argv", ["star.py", "--resume", "--out", f"{tmp_path}/run", "--batch-size", "1"])
+    star.main()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 7
 
 
 # --- a run that cannot be lost: resume, faults, several processes -----------------------------------------------------
@@ -1912,7 +1974,7 @@ def measure_cost(*arguments, rounds=10):
     reward = star.make_reward(settings, device)
     policy, _ = star.load_policy(settings, reward, device)
     prompts = star.load_prompts(settings.train_prompts, settings.task)
-    reference = copy.deepcopy(policy.transformer).requires_grad_(False) if settings.kl > 0 else None
+    reference = star.frozen_copy(policy.transformer, settings) if settings.kl > 0 else None
     where = "cpu" if settings.optimizer_device == "cpu" else None
     optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-9, where)
     lines = {method: [] for method in arms}
