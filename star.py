@@ -1814,7 +1814,6 @@ def load_reward_model(model_class, processor_class, hub, folder, device, process
     safetensors only, and no code from the hub is run. BadInput, in one line, for whatever stands in the way."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     try:
         model, info = getattr(transformers, model_class).from_pretrained(
             folder or hub, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -2606,12 +2605,14 @@ def evaluate_saved(settings):
 
 def parse_settings(arguments=None):
     """The command line, made from Settings; every value checked before any long work. BadInput for what is wrong."""
-    from transformers import HfArgumentParser
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # torchvision is missing, it would say, which nothing here needs
 
     def error(message):
         raise BadInput(f"{message}; --help explains every setting")
 
-    parser = HfArgumentParser(
+    parser = transformers.HfArgumentParser(
         Settings, description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter, epilog=preset_help()
     )
     parser.error = error

@@ -714,28 +714,28 @@ def test_the_optimizer_starts_clean_and_accumulates():
 
 
 def test_bf16_training_with_master_weights_tracks_fp32():
-    """Fifty AdamW steps at lr 1e-6: bf16 weights with fp32 masters follow an fp32 run; bf16 alone hardly moves."""
-    weights = {"fp32": randn(256, 64), "master": randn(256, 64).bfloat16(), "naive": randn(256, 64).bfloat16()}
-    weights["fp32"] = weights["master"].float()
-    start = weights["fp32"].clone()
-    weights = {name: torch.nn.Parameter(w.clone()) for name, w in weights.items()}
-    optimizers = {name: star.MasterAdamW([weights[name]], 1e-6) for name in ("fp32", "master")}
-    naive = torch.optim.AdamW([weights["naive"]], lr=1e-6, weight_decay=1e-4)
+    """Fifty AdamW steps at lr 1e-6 of a transformer: in bf16 with fp32 masters it follows an fp32 run (measured: 2.1 %
+    of the way off), in bf16 alone it all but stands still (99.8 % off; 0.5 % of the weights have moved)."""
+    base = sd3_transformer(num_attention_heads=4, attention_head_dim=16, caption_projection_dim=64).bfloat16()
+    models = {"fp32": copy.deepcopy(base).float(), "master": copy.deepcopy(base), "naive": copy.deepcopy(base)}
+    optimizers = {name: star.MasterAdamW(models[name].parameters(), 1e-6) for name in ("fp32", "master")}
+    optimizers["naive"] = torch.optim.AdamW(models["naive"].parameters(), lr=1e-6, weight_decay=1e-4)
     for step in range(50):
-        x, y = randn(32, 64, seed=step), randn(32, 256, seed=1000 + step)
-        for name, weight in weights.items():
-            loss = ((x.to(weight.dtype) @ weight.T).float() - y).square().mean()
-            loss.backward()
-            if name == "naive":
-                naive.step()
-                naive.zero_grad()
-            else:
-                optimizers[name].step()
-    moved = weights["fp32"].detach() - start
-    error = lambda w: ((w.detach().float() - start - moved).norm() / moved.norm()).item()
-    assert error(optimizers["master"].masters[0]) < 0.05  # within 5 % of the fp32 path
-    assert error(weights["naive"]) > 0.9  # bf16 alone has lost nearly all of it
-    assert torch.equal(weights["master"].detach(), optimizers["master"].masters[0].detach().bfloat16())
+        noise, target = randn(2, 8, 4, 8, 8, seed=step)
+        text, pooled = randn(8, 6, 12, seed=1000 + step), randn(8, 10, seed=2000 + step)
+        for name, model in models.items():
+            velocity = star.predict_velocity(model, noise, 0.5, (text.to(model.dtype), pooled.to(model.dtype)), 1.0)
+            (velocity - target).square().mean().backward()
+            optimizers[name].step()
+        optimizers["naive"].zero_grad()
+    flat = lambda tensors: torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+    start = flat(base.parameters())
+    moved = flat(optimizers["fp32"].masters) - start
+    error = lambda tensors: ((flat(tensors) - start - moved).norm() / moved.norm()).item()
+    assert error(optimizers["master"].masters) < 0.05
+    assert error(models["naive"].parameters()) > 0.95
+    for parameter, master in zip(models["master"].parameters(), optimizers["master"].masters):
+        assert torch.equal(parameter, master.bfloat16())
 
 
 # --- rewards, prompts, settings ---------------------------------------------------------------------------------------
