@@ -213,11 +213,10 @@ WHY = {  # block, arm, strength: one set of rollouts, each of these maps on it
     "block 1": (1, "attention", 1.0),
     "block 2": (2, "attention", 1.0),
     "block 3": (3, "attention", 1.0),
-    "block 1, strength 0.5": (1, "attention", 0.5),
     "block 3, strength 0.5": (3, "attention", 0.5),
-    "block 1, shuffled": (1, "shuffled", 1.0),
+    "block 3, strength 0.25": (3, "attention", 0.25),
+    "block 3, static": (3, "static", 1.0),
     "block 3, shuffled": (3, "shuffled", 1.0),
-    "block 1, static": (1, "static", 1.0),
 }
 
 
@@ -225,8 +224,9 @@ def why(batches=8):
     """Which maps carry more signal an image, at the base model, on training prompts? By denoising step.
 
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
-    is unbiased; mean and standard error over batches. Aim: mean M on the tokens of the letters drawn, on the blank
-    tokens of the sign (letters left out), and elsewhere.
+    is unbiased; mean and standard error over batches. Noise: variance of a batch's gradient, as a multiple of the
+    uniform one's, each map's loudness taken out as --step-weights equal does. Aim: mean M on the tokens of the letters
+    drawn, on the blank tokens of the sign (letters left out), and elsewhere; and the share of M on the sign.
     """
     settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
     policy, _ = star.load_policy(settings, reward, "cpu")
@@ -234,6 +234,7 @@ def why(batches=8):
     trained, parameters = settings.sampling_steps - 1, list(policy.transformer.parameters())
     size = sum(p.numel() for p in parameters)
     gradients = {arm: torch.zeros(batches, trained, size) for arm in WHY}
+    unweighted = {arm: torch.zeros(batches, size) for arm in WHY}
     aims = {block: [] for block in range(4)}
     for batch in range(batches):
         chosen, key = star.pick_prompts(prompts, settings, 1000 + batch), (settings.seed, 1000 + batch)
@@ -250,7 +251,9 @@ def why(batches=8):
         kinds = cells(images)
         for block in range(4):
             maps = star.allocation_map(torch.cat([t.attention for t in rolled[block][0]], dim=1), 1.0)  # [T, B, P]
-            aims[block].append([[maps[i][kind].mean().item() for kind in kinds] for i in range(trained)])
+            means = [[maps[i][kind].mean().item() for kind in kinds] for i in range(trained)]
+            shares = [maps[i][kinds[0] | kinds[1]].sum().item() / maps[i].sum().item() for i in range(trained)]
+            aims[block].append([[*row, share] for row, share in zip(means, shares)])
         for number, (trajectory, advantage) in enumerate(zip(trajectories, advantages)):
             trajectory.advantages = advantage
             allocations = {}
@@ -267,7 +270,9 @@ def why(batches=8):
                     loss = star.policy_loss(settings, trajectory, i, velocity, sigmas, 2)[0]
                     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
                     found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
-                    gradients[arm][batch, i] += torch.cat([g.flatten() for g in found])
+                    found = torch.cat([g.flatten() for g in found])
+                    unweighted[arm][batch] += found
+                    gradients[arm][batch, i] += found / star.loudness(trajectory, i, settings)
         print(f"batch {batch + 1} of {batches}", file=sys.stderr, flush=True)
     weights = torch.tensor(star.step_weights(sigmas, settings.noise_level, "equal"))[:, None]
     print("| maps | " + " | ".join(f"{s:.2f}" for s in sigmas[:trained]) + " | all, none | all, equal |")
@@ -275,15 +280,23 @@ def why(batches=8):
     plain = gradients["uniform (= flow-grpo)"]
     for arm, g in gradients.items():
         columns = [signal(g[:, i], plain[:, i]) for i in range(trained)]
-        columns += [signal(g.sum(1), plain.sum(1)), signal((g * weights).sum(1), (plain * weights).sum(1))]
+        columns.append(signal(unweighted[arm], unweighted["uniform (= flow-grpo)"]))
+        columns.append(signal((g * weights).sum(1), (plain * weights).sum(1)))
         print(f"| {arm} | " + " | ".join(columns) + " |")
+    for arm, g in gradients.items():
+        noise = [(g[:, i].var(0).sum() / plain[:, i].var(0).sum()).item() for i in range(trained)]
+        noise.append(((g * weights).sum(1).var(0).sum() / (plain * weights).sum(1).var(0).sum()).item())
+        *steps, whole = (f"{value:.2f}" for value in noise)
+        print(f"| {arm}, variance over uniform's | " + " | ".join(steps) + f" | | {whole} |")
     norms = plain.norm(dim=-1).mean(0)
     print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in (norms / norms[0]).tolist()) + " | | |")
-    print("\n| mean M on letters / blanks / elsewhere | " + " | ".join(f"{s:.2f}" for s in sigmas[:trained]) + " |")
+    heading = " | ".join(f"{s:.2f}" for s in sigmas[:trained])
+    print(f"\n| mean M on letters / blanks / elsewhere, share on the sign | {heading} |")
     print("|---" * (trained + 1) + "|")
     for block, found in aims.items():
         mean = torch.tensor(found).mean(0).tolist()
-        print(f"| block {block} | " + " | ".join(" / ".join(f"{m:.1f}" for m in row) for row in mean) + " |")
+        cell = lambda row: " / ".join(f"{m:.1f}" for m in row[:3]) + f", {row[3]:.0%}"
+        print(f"| block {block} | " + " | ".join(map(cell, mean)) + " |")
     print(f"\n{batches} batches of 128 images")
 
 
