@@ -132,48 +132,61 @@ def table():
     goal = statistics.mean(lines[-1]["eval_reward"] for lines in found["flow-grpo"].values())
     print(f"images to {goal:.3f}: until the test reward first reaches flow-grpo's final mean\n")
     print(
-        "| arm | n | test reward | rollout reward, last 4 | exact | Tesseract exact | Tesseract CER | images to goal "
-        "| s an iteration |"
+        "| arm | n | test reward | over flow-grpo | rollout reward, last 4 | exact | Tesseract exact | Tesseract CER "
+        "| images to goal | s an iteration | GB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 11 + "|")
+    reference = [lines[-1]["eval_reward"] for lines in found["flow-grpo"].values()]
     for arm, runs in found.items():
         runs = list(runs.values())
         reached = [next((it * images for it, r in curve(lines).items() if r >= goal), None) for lines in runs]
         phases = ("seconds_sampling", "seconds_reward", "seconds_update")
         seconds = [sum(line[phase] for phase in phases) for lines in runs for line in lines[1:]]
+        final = [lines[-1]["eval_reward"] for lines in runs]
         columns = [
-            spread([lines[-1]["eval_reward"] for lines in runs]),
+            spread(final),
+            "" if arm == "flow-grpo" else difference(final, reference),
             spread([statistics.mean(line["reward"] for line in lines[-4:]) for lines in runs]),
             spread([lines[-1]["eval_exact"] for lines in runs]),
             spread([lines[-1]["tesseract_exact"] for lines in runs]),
             spread([lines[-1]["tesseract_error_rate"] for lines in runs]),
             ", ".join(str(r) if r else "not reached" for r in reached),
             f"{statistics.median(seconds):.1f}",
+            f"{max(line['peak_memory_gb'] for lines in runs for line in lines[1:]):.2f}",
         ]
         print(f"| {arm} | {len(runs)} | {' | '.join(columns)} |")
-    draw_curves(found, ROOT / "assets/curves.png")
+    panels = [[arm for arm in group if arm in found] for group in PANELS]
+    drawn = [curves_panel({arm: found[arm] for arm in panel}) for panel in panels]
+    sheet = Image.new("RGB", (drawn[0].width, sum(panel.height for panel in drawn)))
+    for number, panel in enumerate(drawn):
+        sheet.paste(panel, (0, number * panel.height))
+    sheet.save(ROOT / "assets/curves.png")
 
 
-def draw_curves(found, path, width=900, height=520):
+def difference(final, reference):
+    """Difference of the means and its standard error, where both have more than one seed."""
+    apart = statistics.mean(final) - statistics.mean(reference)
+    if min(len(final), len(reference)) < 2:
+        return f"{apart:+.3f}"
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (final, reference)))
+    return f"{apart:+.3f} (SE {error:.3f})"
+
+
+PANELS = (
+    ("flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo", "fdfo-attention"),
+    (
+        "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-lr-3e-4", "flow-grpo-none",
+        "star", "star-lr-3e-4", "star-strength-0.5", "star-strength-0.25", "star-none",
+    ),
+)  # fmt: skip
+COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2".split()
+
+
+def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
     """Mean test reward over images seen, one line an arm, the standard error as a bar."""
-    colours = [
-        "#000000",
-        "#d62728",
-        "#1f77b4",
-        "#2ca02c",
-        "#ff7f0e",
-        "#9467bd",
-        "#8c564b",
-        "#7f7f7f",
-        "#e377c2",
-        "#17becf",
-        "#bcbd22",
-    ]
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     curves = {arm: [curve(lines) for lines in runs.values()] for arm, runs in found.items()}
-    values = [v for runs in curves.values() for c in runs for v in c.values()]
-    low, high = math.floor(min(values) * 20) / 20, math.ceil(max(values) * 20) / 20
     last = max(it for runs in curves.values() for c in runs for it in c)
     x = lambda iteration: 60 + iteration / last * (width - 300)
     y = lambda value: height - 50 - (value - low) / (high - low) * (height - 80)
@@ -183,16 +196,15 @@ def draw_curves(found, path, width=900, height=520):
     for iteration in curves[next(iter(curves))][0]:
         draw.text((x(iteration) - 14, height - 44), str(iteration * 128), fill="black", font=font)
     draw.text((width / 2 - 160, height - 22), "images seen (test reward, mean over seeds)", fill="black", font=font)
-    for index, (arm, runs) in enumerate(curves.items()):
+    for index, ((arm, runs), colour) in enumerate(zip(curves.items(), COLOURS)):
         means = {it: statistics.mean(c[it] for c in runs) for it in runs[0]}
-        colour = colours[index % len(colours)]
         draw.line([(x(it), y(v)) for it, v in means.items()], fill=colour, width=3)
         for it in means if len(runs) > 1 else ():
             error = statistics.stdev(c[it] for c in runs) / math.sqrt(len(runs))
             draw.line([(x(it), y(means[it] - error)), (x(it), y(means[it] + error))], fill=colour)
         draw.line([(width - 225, 40 + index * 22), (width - 195, 40 + index * 22)], fill=colour, width=3)
         draw.text((width - 188, 32 + index * 22), f"{arm} (n = {len(runs)})", fill="black", font=font)
-    sheet.save(path)
+    return sheet
 
 
 def pictures(count=8):
