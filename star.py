@@ -2679,11 +2679,13 @@ def newest_run():
     return found[-1].parent
 
 
-def check_settings(settings):
-    def need(condition, message):
-        if not condition:
-            raise BadInput(message)
+def need(condition, message):
+    if not condition:
+        raise BadInput(message)
 
+
+def check_settings(settings):
+    """BadInput for a value, or a combination of them, that cannot be meant."""
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         need(value in choices, f"--{name.replace('_', '-')} {value}: choose one of {', '.join(choices)}")
@@ -2714,21 +2716,7 @@ def check_settings(settings):
     fdfo = settings.method == "fdfo"
     need(fdfo or settings.churn is None, "--churn belongs to --method fdfo")
     if fdfo:
-        need(0 < settings.churn <= 1, "--churn must lie in (0, 1]: without it the two of a pair are the same image")
-        for name in ("group_size", "batch_size"):
-            need(
-                getattr(settings, name) % 2 == 0,
-                f"--{name.replace('_', '-')} must be even: fdfo compares the two images of a pair",
-            )
-        need(
-            settings.optimizer_steps <= settings.sampling_steps,
-            "--optimizer-steps may be at most --sampling-steps with --method fdfo: each takes a share of the steps",
-        )
-        need(settings.kl == 0, "--kl must be 0 with --method fdfo: its steps have no density to compare")
-        need(
-            settings.step_weights == "none",
-            "--step-weights must be none with --method fdfo: its steps speak equally loud already",
-        )
+        check_fdfo(settings)
     images = settings.prompts_per_iteration * settings.group_size
     rank, processes = launched()
     shares = (1 if fdfo else settings.optimizer_steps) * processes  # fdfo deals out single denoising steps
@@ -2755,6 +2743,24 @@ def check_settings(settings):
     need(
         rank > 0 or settings.resume or not out.exists() or out.is_dir() and {p.name for p in out.iterdir()} <= {"lock"},
         f"--out {out} holds another run; name a new folder, or go on with it: --resume",
+    )
+
+
+def check_fdfo(settings):
+    need(0 < settings.churn <= 1, "--churn must lie in (0, 1]: without it the two of a pair are the same image")
+    for name in ("group_size", "batch_size"):
+        need(
+            getattr(settings, name) % 2 == 0,
+            f"--{name.replace('_', '-')} must be even: fdfo compares the two images of a pair",
+        )
+    need(
+        settings.optimizer_steps <= settings.sampling_steps,
+        "--optimizer-steps may be at most --sampling-steps with --method fdfo: each takes a share of the steps",
+    )
+    need(settings.kl == 0, "--kl must be 0 with --method fdfo: its steps have no density to compare")
+    need(
+        settings.step_weights == "none",
+        "--step-weights must be none with --method fdfo: its steps speak equally loud already",
     )
 
 
