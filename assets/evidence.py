@@ -32,6 +32,7 @@ COMMON = "--task ocr --model tiny --iterations 24 --eval-every 4"  # 24 x 128 im
 ARMS = {  # the embedded model's defaults: --learning-rate 1.5e-4 --step-weights equal; --clip-range 1e-3 for star
     "flow-grpo": ("--method flow-grpo", 5),
     "flow-grpo-clip-3e-4": ("--method flow-grpo --clip-range 3e-4", 3),
+    "flow-grpo-clip-1e-3": ("--method flow-grpo --clip-range 1e-3", 3),
     "flow-grpo-lr-3e-4": ("--method flow-grpo --clip-range 3e-4 --learning-rate 3e-4", 3),
     "star": ("--method star", 5),
     "star-lr-3e-4": ("--learning-rate 3e-4", 3),
@@ -189,11 +190,11 @@ def reached(runs, goal, images=128):
 PANELS = (
     ("flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo", "fdfo-attention"),
     (
-        "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-lr-3e-4", "flow-grpo-none",
+        "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "flow-grpo-none",
         "star", "star-lr-3e-4", "star-strength-0.5", "star-strength-0.25", "star-none",
     ),
 )  # fmt: skip
-COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2".split()
+COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2 #17becf".split()
 
 
 def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
