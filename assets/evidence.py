@@ -60,6 +60,7 @@ def run(names):
     if todo:  # the base model first: all arms start from the same one
         settings = star.parse_settings(["--model", "tiny"])
         star.load_policy(settings, star.OCRReward(), "cpu")
+        (RUNS / "base.json").write_text(json.dumps(second_judge(None)))
     with ThreadPoolExecutor(2) as pool:
         for name in pool.map(train_one, todo):
             print(f"{name} done", flush=True)
@@ -136,6 +137,9 @@ def table():
         f"| images to 0.75 | images to {goal:.3f} | s an iteration | GB |"
     )
     print("|---" * 12 + "|")
+    first, base = found["flow-grpo"][0][0], json.loads((RUNS / "base.json").read_text())
+    judged = f"{base['tesseract_exact']:.3f} | {base['tesseract_error_rate']:.3f}"
+    print(f"| before training | | {first['eval_reward']:.3f} | | | {first['eval_exact']:.3f} | {judged} | | | | |")
     reference = [lines[-1]["eval_reward"] for lines in found["flow-grpo"].values()]
     for arm, runs in found.items():
         runs = list(runs.values())
