@@ -1,4 +1,4 @@
-"""star.py: reinforcement learning for text-to-image flow models with a reward that knows where and when.
+"""star.py: reinforcement learning for text-to-image flow models, each region and step with its share of the reward.
 
 STAR (SpatioTemporal Adaptive Reward Allocation, arXiv 2606.17979) takes the usual group-relative advantage of an image
 and applies it more strongly where the model's own text-image attention finds the prompt's core content, with a map for
@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
-RANDOM = "RANDOM WEIGHTS, NOT A RESULT: "  # what --model random says on every line
+RANDOM = "RANDOM WEIGHTS, NOT A RESULT: "  # before every line of --model random that could pass for one
 
 # ======================================================================================================================
 # Notation: these names, everywhere.
@@ -537,7 +537,8 @@ class Settings:
     t5_length: int | None = setting(None, "text positions for T5 (Flow-GRPO: 128); 0 leaves T5 out")
     gradient_checkpointing: str = setting(
         "auto",
-        "on, off or auto (on where memory asks for it): a third more compute in the update, a tenth of its memory",
+        "on, off or auto (on where memory asks for it): by count, a third more arithmetic in the update, a tenth of "
+        "its activations",
     )
     compile: bool = setting(
         False, "compile the transformer's blocks (diffusers' regional compilation; CUDA). Off until it is measured"
@@ -607,7 +608,8 @@ TINY_METHODS = {  # ours, from the rollout rewards of a few short runs
 
 def preset_help():
     lines = ["defaults that depend on the model:", f"  {'':24s}{'tiny':26s}SD3 / SD3.5"]
-    lines += [f"  {name:24s}{value!s:26s}{PRESETS['sd3'][name]}" for name, value in PRESETS["tiny"].items()]
+    sd3 = PRESETS["sd3"] | {"kl": f"{PRESETS['sd3']['kl']} (pickscore {PICKSCORE_KL})"}
+    lines += [f"  {name:24s}{value!s:26s}{sd3[name]}" for name, value in PRESETS["tiny"].items()]
     lines += ["", "defaults that depend on the method, and stand above the model's:"]
     methods = METHODS | {f"tiny {name}": values for name, values in TINY_METHODS.items()}
     lines += [f"  {name:12s}" + "  ".join(f"{k}={v}" for k, v in values.items()) for name, values in methods.items()]
