@@ -29,19 +29,19 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 RUNS = ROOT / "assets/runs"
 COMMON = "--task ocr --model tiny --iterations 24 --eval-every 4"  # 24 x 128 images
-ARMS = {  # the embedded model's defaults: --learning-rate 1.5e-4 --step-weights equal; --clip-range 1e-3 for star
+ARMS = {  # the tiny model's defaults: --step-weights equal, --learning-rate 1.5e-4, star's --clip-range 1e-3 (by token)
+    "flow-grpo-none": ("--method flow-grpo --step-weights none", 3),  # as published
     "flow-grpo": ("--method flow-grpo", 5),
     "flow-grpo-clip-3e-4": ("--method flow-grpo --clip-range 3e-4", 3),
     "flow-grpo-clip-1e-3": ("--method flow-grpo --clip-range 1e-3", 3),
     "flow-grpo-lr-3e-4": ("--method flow-grpo --clip-range 3e-4 --learning-rate 3e-4", 3),
-    "star": ("--method star", 5),
-    "star-lr-3e-4": ("--learning-rate 3e-4", 3),
     "star-uniform": ("--allocation uniform", 3),
+    "star": ("--method star", 5),
     "star-shuffled": ("--allocation shuffled", 3),
     "star-static": ("--allocation static", 3),
     "star-strength-0.5": ("--allocation-strength 0.5", 3),
     "star-strength-0.25": ("--allocation-strength 0.25", 3),
-    "flow-grpo-none": ("--method flow-grpo --step-weights none", 3),
+    "star-lr-3e-4": ("--learning-rate 3e-4", 3),
     "star-none": ("--step-weights none", 3),
     "fdfo": ("--method fdfo", 3),
     "fdfo-attention": ("--method fdfo --allocation attention", 3),
