@@ -134,13 +134,13 @@ def table():
     goals = [statistics.mean(lines[-1]["eval_reward"] for lines in found[arm].values()) for arm in BASELINES]
     goals.insert(1, 0.75)
     print(
-        "| arm | n | test reward | over flow-grpo | rollout reward, last 4 | exact | Tesseract exact | Tesseract CER "
+        "| arm | n | test reward | over flow-grpo | exact | Tesseract exact | Tesseract CER "
         f"| {' | '.join(f'images to {goal:.3f}' for goal in goals)} | s an iteration | GB |"
     )
-    print("|---" * 13 + "|")
+    print("|---" * 12 + "|")
     first, base = found["flow-grpo"][0][0], json.loads((RUNS / "base.json").read_text())
     judged = f"{base['tesseract_exact']:.3f} | {base['tesseract_error_rate']:.3f}"
-    print(f"| before training | | {first['eval_reward']:.3f} | | | {first['eval_exact']:.3f} | {judged} | | | | | |")
+    print(f"| before training | | {first['eval_reward']:.3f} | | {first['eval_exact']:.3f} | {judged} | | | | | |")
     reference = [lines[-1]["eval_reward"] for lines in found["flow-grpo"].values()]
     for arm, runs in found.items():
         runs = list(runs.values())
@@ -150,7 +150,6 @@ def table():
         columns = [
             spread(final),
             "" if arm == "flow-grpo" else difference(final, reference),
-            spread([statistics.mean(line["reward"] for line in lines[-4:]) for lines in runs]),
             spread([lines[-1]["eval_exact"] for lines in runs]),
             spread([lines[-1]["tesseract_exact"] for lines in runs]),
             spread([lines[-1]["tesseract_error_rate"] for lines in runs]),
