@@ -157,7 +157,7 @@ def table():
             f"{statistics.median(seconds):.1f}",
             f"{max(line['peak_memory_gb'] for lines in runs for line in lines[1:]):.2f}",
         ]
-        print(f"| {arm} | {len(runs)} | {' | '.join(columns)} |")
+        print(f"| {LABELS.get(arm, arm)} | {len(runs)} | {' | '.join(columns)} |")
     panels = [[arm for arm in group if arm in found] for group in PANELS]
     drawn = [curves_panel({arm: found[arm] for arm in panel}) for panel in panels]
     sheet = Image.new("RGB", (drawn[0].width, sum(panel.height for panel in drawn)))
@@ -166,6 +166,7 @@ def table():
     sheet.save(ROOT / "assets/curves.png")
 
 
+LABELS = {"flow-grpo-none": "flow-grpo, as published", "star-none": "star, steps unweighted"}
 BASELINES = ("flow-grpo-none", "flow-grpo")  # whose final mean is a goal; between them, a fixed reward
 
 
@@ -188,9 +189,11 @@ def reached(runs, goal, images=128):
             if high >= goal:
                 found.append(images * (before + (after - before) * (goal - low) / (high - low)))
                 break
+    if not found:
+        return "never"
     missed = f"{len(runs) - len(found)} of {len(runs)} never" * (len(found) < len(runs))
     sd = f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else ""
-    return ", ".join(filter(None, [f"{statistics.mean(found):.0f}{sd}" if found else "", missed]))
+    return ", ".join(filter(None, [f"{statistics.mean(found):.0f}{sd}", missed]))
 
 
 PANELS = (
@@ -224,7 +227,7 @@ def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
             error = statistics.stdev(c[it] for c in runs) / math.sqrt(len(runs))
             draw.line([(x(it), y(means[it] - error)), (x(it), y(means[it] + error))], fill=colour)
         draw.line([(width - 225, 40 + index * 22), (width - 195, 40 + index * 22)], fill=colour, width=3)
-        draw.text((width - 188, 32 + index * 22), f"{arm} (n = {len(runs)})", fill="black", font=font)
+        draw.text((width - 188, 32 + index * 22), f"{LABELS.get(arm, arm)} (n = {len(runs)})", fill="black", font=font)
     return sheet
 
 
