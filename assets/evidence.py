@@ -42,6 +42,7 @@ ARMS = {  # the tiny model's defaults: --step-weights equal, --learning-rate 1.5
     "star-strength-0.5": ("--allocation-strength 0.5", 3),
     "star-strength-0.25": ("--allocation-strength 0.25", 3),
     "star-lr-3e-4": ("--learning-rate 3e-4", 3),
+    "star-uniform-none": ("--allocation uniform --step-weights none", 3),
     "star-none": ("--step-weights none", 3),
     "fdfo": ("--method fdfo", 3),
     "fdfo-attention": ("--method fdfo --allocation attention", 3),
@@ -166,7 +167,11 @@ def table():
     sheet.save(ROOT / "assets/curves.png")
 
 
-LABELS = {"flow-grpo-none": "flow-grpo, as published", "star-none": "star, steps unweighted"}
+LABELS = {
+    "flow-grpo-none": "flow-grpo, as published",
+    "star-none": "star, unweighted",
+    "star-uniform-none": "star-uniform, unweighted",
+}
 BASELINES = ("flow-grpo-none", "flow-grpo")  # whose final mean is a goal; between them, a fixed reward
 
 
@@ -200,10 +205,10 @@ PANELS = (
     ("flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo", "fdfo-attention"),
     (
         "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "flow-grpo-none",
-        "star", "star-lr-3e-4", "star-strength-0.5", "star-strength-0.25", "star-none",
+        "star", "star-lr-3e-4", "star-strength-0.5", "star-strength-0.25", "star-uniform-none", "star-none",
     ),
 )  # fmt: skip
-COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2 #17becf".split()
+COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2 #17becf #bcbd22".split()
 
 
 def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
