@@ -211,16 +211,16 @@ PANELS = (
 COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2 #17becf #bcbd22".split()
 
 
-def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
+def curves_panel(found, width=960, height=460, low=0.45, high=0.95):
     """Mean test reward over images seen, one line an arm, the standard error as a bar."""
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     curves = {arm: [curve(lines) for lines in runs.values()] for arm, runs in found.items()}
     last = max(it for runs in curves.values() for c in runs for it in c)
-    x = lambda iteration: 60 + iteration / last * (width - 300)
+    x = lambda iteration: 60 + iteration / last * (width - 330)
     y = lambda value: height - 50 - (value - low) / (high - low) * (height - 80)
     for tick in range(round(low * 20), round(high * 20) + 1):
-        draw.line([(60, y(tick / 20)), (width - 240, y(tick / 20))], fill="#dddddd")
+        draw.line([(60, y(tick / 20)), (width - 270, y(tick / 20))], fill="#dddddd")
         draw.text((16, y(tick / 20) - 8), f"{tick / 20:.2f}", fill="black", font=font)
     for iteration in curves[next(iter(curves))][0]:
         draw.text((x(iteration) - 14, height - 44), str(iteration * 128), fill="black", font=font)
@@ -231,8 +231,8 @@ def curves_panel(found, width=900, height=460, low=0.45, high=0.95):
         for it in means if len(runs) > 1 else ():
             error = statistics.stdev(c[it] for c in runs) / math.sqrt(len(runs))
             draw.line([(x(it), y(means[it] - error)), (x(it), y(means[it] + error))], fill=colour)
-        draw.line([(width - 225, 40 + index * 22), (width - 195, 40 + index * 22)], fill=colour, width=3)
-        draw.text((width - 188, 32 + index * 22), f"{LABELS.get(arm, arm)} (n = {len(runs)})", fill="black", font=font)
+        draw.line([(width - 255, 40 + index * 22), (width - 225, 40 + index * 22)], fill=colour, width=3)
+        draw.text((width - 218, 32 + index * 22), f"{LABELS.get(arm, arm)} (n = {len(runs)})", fill="black", font=font)
     return sheet
 
 
