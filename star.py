@@ -2320,7 +2320,8 @@ def load_checkpoint(folder, optimizer, fixed):
         try:
             record, kinds, metrics = read_checkpoint(path)
             saved = record["settings"]
-            differing = [name for name in saved | fixed if saved.get(name) != fixed.get(name)]
+            names = (saved | fixed).keys() - FREE_ON_RESUME
+            differing = [name for name in sorted(names) if saved.get(name) != fixed.get(name)]
             if differing:
                 lines = [f"{name} was {saved.get(name)}, is {fixed.get(name)}" for name in differing]
                 raise BadInput(f"--resume would make another run of {folder}: {'; '.join(lines)}")
