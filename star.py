@@ -1188,7 +1188,9 @@ def memory_needed(settings, config, cuda):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
     size = 2 if settings.dtype == "bf16" else 4  # bytes a number
-    encoders = 0 if settings.model == "random" else (5.5e9 if settings.t5_length else 0.8e9) * size
+    encoders = (5.5e9 if settings.t5_length else 0.8e9) * size
+    if settings.model == "random" or config["joint_attention_dim"] < 4096:  # none, or not SD3's own: a miniature
+        encoders = 0
     others = 4e9 * cuda + 4e9 * (settings.task != "ocr" and settings.model != "random")
     standing = parameters * size + others
     if settings.evaluate:
@@ -1207,8 +1209,9 @@ def memory_needed(settings, config, cuda):
     images = settings.prompts_per_iteration * settings.group_size  # their trajectories stay until the update
     trajectory = (settings.sampling_steps + 1) * 16 * (settings.resolution // 8) ** 2 * 4  # fp32 latents
     rollouts = images * trajectory * (2 if settings.method == "fdfo" else 1)  # fdfo's velocities
-    host = (16 * parameters * in_host + encoders * cuda) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # with gradients
-    return (standing + max(encoders, 4 * parameters + activations + rollouts)) / 1e9, host / 1e9  # passing by
+    host = 16 * parameters * in_host + encoders * cuda  # 16: 12, and the gradients on their way
+    host *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (standing + max(encoders, 4 * parameters + activations + rollouts)) / 1e9, host / 1e9
 
 
 def lighter(settings):
