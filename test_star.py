@@ -1549,6 +1549,9 @@ def test_t5_may_be_left_out_and_pickled_weights_are_refused(tmp_path):
     prompts = [star.Prompt('"A"'), star.Prompt('a sign that says "CAT"')]  # of different lengths
     embeddings, pooled = policy.encode([prompt.text for prompt in prompts])
     assert len(policy.encoders) == 2 and embeddings.shape[:2] == (2, 24) == policy.core_mask(prompts).shape
+    larger = star.parse_settings(["--model", str(tmp_path), "--resolution", "48", "--t5-length", "0"])
+    with pytest.raises(star.BadInput, match="--resolution 48: the model knows places up to 32 px"):
+        star.load_policy(larger, None, "cpu")
     weights = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
