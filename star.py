@@ -963,6 +963,11 @@ class BadInput(Exception):
     """Something the user can mend: printed as one line, exit status 2."""
 
 
+def need(condition, message, error=BadInput):
+    if not condition:
+        raise error(message)
+
+
 class RunStopped(Exception):
     """The run cannot go on: printed as one line with the newest checkpoint's name, exit status 1."""
 
@@ -1135,6 +1140,10 @@ def frozen_copy(transformer, settings):
 
 def plan_memory(settings, config, device):
     """Settle --optimizer-device and --gradient-checkpointing by the memory there is; BadInput where nothing fits."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
     cuda = torch.device(device).type == "cuda"
     host = math.inf if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     capacity = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else host
@@ -1150,7 +1159,7 @@ def plan_memory(settings, config, device):
     if not options:
         raise BadInput("--optimizer-device cuda: there is no CUDA device")
     for option in options:
-        needed, in_host = memory_needed(option, config, cuda)
+        needed, in_host = memory_needed(option, config, parameters, cuda)
         if needed <= capacity and in_host <= host:
             settings.optimizer_device = option.optimizer_device
             settings.gradient_checkpointing = option.gradient_checkpointing
@@ -1168,13 +1177,13 @@ def plan_memory(settings, config, device):
         settings, batch_size=1, kl=0.0, guidance=1.0, t5_length=0, resolution=256, optimizer_device="cpu",
         gradient_checkpointing="on",
     )  # fmt: skip
-    least = memory_needed(smallest, config, cuda)[0]
+    least = memory_needed(smallest, config, parameters, cuda)[0]
     free, others = lighter(option)
     advice = f"try {', '.join(free + others)}" if least <= capacity else f"{least:.0f} GB with every option against it"
     raise BadInput(f"about {needed:.0f} GB of {'GPU ' * cuda}memory needed, {capacity:.0f} GB there; {advice}")
 
 
-def memory_needed(settings, config, cuda):
+def memory_needed(settings, config, parameters, cuda):
     """(GB on the device that computes, GB in the host besides), estimated before anything is loaded.
 
     Bytes a parameter: 2 bf16 weight, 4 fp32 gradient, 12 fp32 master and moments, 2 bf16 KL reference. Activations of
@@ -1183,10 +1192,6 @@ def memory_needed(settings, config, cuda):
     stay, and one block's activations. Before there are gradients and activations, the text encoders have their turn.
     4 GB for CUDA, decoding and the captured attention, and 4 GB for a reward's networks, are a guess.
     """
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
     size = 2 if settings.dtype == "bf16" else 4  # bytes a number
     encoders = (5.5e9 if settings.t5_length else 0.8e9) * size
     if settings.model == "random" or config["joint_attention_dim"] < 4096:  # none, or not SD3's own: a miniature
@@ -1649,31 +1654,27 @@ DETECTOR_NAMES = {  # what detectors call a class, where GenEval calls it otherw
 
 def check_geneval(metadata):
     """GenEval's metadata of one prompt, as it is, or a ValueError that says what is wrong with it."""
-
-    def need(condition, message):
-        if not condition:
-            raise ValueError(message)
-
-    known = lambda name, value, choices: need(value in choices, f"unknown {name} {value!r}: not one of GenEval's")
-    need(
+    want = functools.partial(need, error=ValueError)
+    known = lambda name, value, choices: want(value in choices, f"unknown {name} {value!r}: not one of GenEval's")
+    want(
         isinstance(metadata, dict) and isinstance(metadata.get("prompt"), str), "a JSON object with `prompt` is needed"
     )
-    need(metadata.get("include"), "a geneval prompt needs its metadata, with `include`")
+    want(metadata.get("include"), "a geneval prompt needs its metadata, with `include`")
     known("tag", metadata.get("tag"), GENEVAL_TAGS)
     for part in ("include", "exclude"):
         clauses = metadata.get(part, [])
-        need(isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses), f"`{part}` is a list of objects")
+        want(isinstance(clauses, list) and all(isinstance(c, dict) for c in clauses), f"`{part}` is a list of objects")
         for index, clause in enumerate(clauses):
             strange = clause.keys() - {"class", "count", "color", "position"}
-            need(not strange, f"unknown key {min(strange, default='')!r} in `{part}`")
+            want(not strange, f"unknown key {min(strange, default='')!r} in `{part}`")
             known("class", clause.get("class"), GENEVAL_CLASSES)
-            need(type(clause.get("count")) is int and clause["count"] >= 1, "`count` is a number, at least 1")
+            want(type(clause.get("count")) is int and clause["count"] >= 1, "`count` is a number, at least 1")
             known("color", clause.get("color", "red"), GENEVAL_COLOURS)
             if "position" in clause:
                 place = clause["position"]
-                need(isinstance(place, list) and len(place) == 2, "`position` is [relation, index of a clause]")
+                want(isinstance(place, list) and len(place) == 2, "`position` is [relation, index of a clause]")
                 known("relation", place[0], GENEVAL_RELATIONS)
-                need(place[1] in range(index), "`position` names an earlier clause by its index")
+                want(place[1] in range(index), "`position` names an earlier clause by its index")
     return metadata
 
 
@@ -2683,11 +2684,6 @@ def newest_run():
     if not found:
         raise BadInput("--resume: there is no run with a checkpoint under runs/; name its folder with --out")
     return found[-1].parent
-
-
-def need(condition, message):
-    if not condition:
-        raise BadInput(message)
 
 
 def check_settings(settings):

@@ -61,7 +61,8 @@ def run(names):
     if todo:  # the base model first: all arms start from the same one
         settings = star.parse_settings(["--model", "tiny"])
         star.load_policy(settings, star.OCRReward(), "cpu")
-        (RUNS / "base.json").write_text(json.dumps(second_judge(None)))
+        if not (RUNS / "base.json").exists():
+            (RUNS / "base.json").write_text(json.dumps(second_judge(None)))
     with ThreadPoolExecutor(2) as pool:
         for name in pool.map(train_one, todo):
             print(f"{name} done", flush=True)
