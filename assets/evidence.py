@@ -1,18 +1,24 @@
-"""Does allocating the reward help? The arms of README.md's table, one command for every number.
+"""Does allocating the reward help? The runs behind README.md's numbers, on the embedded model.
 
-    python assets/evidence.py run             train every arm and seed that is not in assets/runs/ yet, two at a time;
-                                              stop it when you like, it goes on where it was
-    python assets/evidence.py run star-0      the same, for the runs named
-    python assets/evidence.py table           table and learning curves (assets/curves.png) from assets/runs/
-    python assets/evidence.py pictures        the same words by each method (assets/methods.png), from runs/evidence/
+    python assets/evidence.py run             every arm and seed that assets/runs/ lacks, two at a time; stop when you
+                                              like, it goes on where it was
+    python assets/evidence.py run star-0      the runs named, arm-seed
+    python assets/evidence.py table           a table of assets/runs/<task>/; --old: of the earlier version's runs
+    python assets/evidence.py curves          learning curves, into assets/curves.png; --old likewise
+    python assets/evidence.py pictures        the same words by each method, of runs/evidence/, into assets/methods.png
     python assets/evidence.py why             the gradient's signal and the maps' aim, by arm and denoising step
 
-The second judge, which training never sees, is Tesseract (Debian package tesseract-ocr).
+A run leaves assets/runs/<task>/<arm>-<seed>/ with metrics.jsonl and config.json, which has the git revision.
+The second judge, which training never sees, is Tesseract (Debian package tesseract-ocr), where it is installed.
+--iterations, --batches, --runs, --work and --out are for trying this script without touching what is there.
 """
 
+import argparse
+import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,77 +32,122 @@ import star  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from scipy.stats import ttest_ind  # noqa: E402
 
-RUNS = ROOT / "assets/runs"
-COMMON = "--task ocr --model tiny --iterations 24 --eval-every 4"  # 24 x 128 images
-ARMS = {  # the tiny model's defaults: --step-weights equal, --learning-rate 1.5e-4, star's --clip-range 1e-3 (by token)
-    "flow-grpo-none": ("--method flow-grpo --step-weights none", 3),  # as published
-    "flow-grpo": ("--method flow-grpo", 5),
-    "flow-grpo-clip-3e-4": ("--method flow-grpo --clip-range 3e-4", 3),
-    "flow-grpo-clip-1e-3": ("--method flow-grpo --clip-range 1e-3", 3),
-    "flow-grpo-lr-3e-4": ("--method flow-grpo --clip-range 3e-4 --learning-rate 3e-4", 3),
-    "star-uniform": ("--allocation uniform", 3),
-    "star": ("--method star", 5),
-    "star-shuffled": ("--allocation shuffled", 3),
-    "star-static": ("--allocation static", 3),
-    "star-strength-0.5": ("--allocation-strength 0.5", 3),
-    "star-strength-0.25": ("--allocation-strength 0.25", 3),
-    "star-lr-3e-4": ("--learning-rate 3e-4", 3),
-    "star-uniform-none": ("--allocation uniform --step-weights none", 3),
-    "star-none": ("--step-weights none", 3),
-    "fdfo": ("--method fdfo", 3),
-    "fdfo-attention": ("--method fdfo --allocation attention", 3),
+IMAGES = 128  # an iteration
+ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
+    "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
+    "flow-grpo-9": ("--method flow-grpo --sde-window 9", 3, None),
+    "flow-grpo": ("--method flow-grpo --clip-range 3e-4", 5, None),
+    "star-9": ("--sde-window 9", 3, None),
+    "star": ("", 5, None),
+    "star-image": ("--ratio image --clip-range 3e-4", 5, None),
+    "star-uniform": ("--allocation-strength 0", 3, None),
+    "star-shuffled": ("", 3, "shuffled"),
+    "star-static": ("", 3, "static"),
+    "fdfo": ("--method fdfo", 3, None),
 }
+OLD_ARMS = (  # assets/runs/*.jsonl, see README.md beside this file
+    "flow-grpo-none", "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "star-uniform",
+    "star", "star-shuffled", "star-static", "star-strength-0.5", "star-strength-0.25", "star-lr-3e-4",
+    "star-uniform-none", "star-none", "fdfo", "fdfo-attention",
+)  # fmt: skip
+LABELS = {"flow-grpo-none": "flow-grpo, unweighted", "star-none": "star, unweighted",
+          "star-uniform-none": "star-uniform, unweighted", "fdfo-attention": "fdfo with maps"}  # fmt: skip
+
+
+# --- controls: star.allocation_map, but with the maps in wrong places, or without their steps -------------------------
+
+
+def shuffled(allocation):
+    """Every map [..., P] permuted over space: the same weights in wrong places. The order is a function of the maps, so
+    that it does not depend on history and a resumed run draws it again."""
+    generator = star.generator("shuffled", allocation.double().square().sum().item())
+    order = torch.rand(allocation.shape, generator=generator).argsort(-1)
+    return allocation.gather(-1, order)
+
+
+def static(allocation):
+    """Each sample's maps [K, B, P] averaged over the steps: the places, without the temporal part."""
+    return allocation.mean(0, keepdim=True).expand_as(allocation).contiguous()
+
+
+HOOKS = {"shuffled": shuffled, "static": static}
+
+
+def run_hooked(hook, arguments):
+    """star.py's own command line, with a control in place of the map."""
+    plain = star.allocation_map
+    star.allocation_map = lambda attention, strength: HOOKS[hook](plain(attention, strength))
+    sys.argv = ["star.py", *arguments]
+    star.main()
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def run(names):
+def run(given):
     """Seed by seed over all arms, so that an interrupted evening still compares every arm."""
-    RUNS.mkdir(exist_ok=True)
-    todo = [(arm, seed) for seed in range(5) for arm, (_, seeds) in ARMS.items() if seed < seeds]
-    todo = [(arm, seed) for arm, seed in todo if not names or f"{arm}-{seed}" in names]
-    todo = [(arm, seed) for arm, seed in todo if not (RUNS / f"{arm}-{seed}.jsonl").exists()]
-    if todo:  # the base model first: all arms start from the same one
-        settings = star.parse_settings(["--model", "tiny"])
-        star.load_policy(settings, star.OCRReward(), "cpu")
-        if not (RUNS / "base.json").exists():
-            (RUNS / "base.json").write_text(json.dumps(second_judge(None)))
-    with ThreadPoolExecutor(2) as pool:
-        for name in pool.map(train_one, todo):
+    jobs = [(arm, seed) for seed in range(5) for arm, (_, seeds, _) in ARMS.items() if seed < seeds]
+    unknown = set(given.names) - {f"{arm}-{seed}" for arm, seed in jobs}
+    if unknown:
+        sys.exit(f"no such run: {', '.join(sorted(unknown))}")
+    jobs = [(arm, seed) for arm, seed in jobs if not given.names or f"{arm}-{seed}" in given.names]
+    jobs = [(arm, seed) for arm, seed in jobs if not (results(given) / f"{arm}-{seed}").exists()]
+    with ThreadPoolExecutor(2) as pool:  # two runs on two cores, a thread each, beat one on both
+        for name in pool.map(lambda job: train(*job, given), jobs):
             print(f"{name} done", flush=True)
 
 
-def train_one(job):
-    arm, seed = job
-    name = f"{arm}-{seed}"
-    out = ROOT / "runs/evidence" / name
+def results(given):
+    return given.runs / given.task
+
+
+def train(arm, seed, given):
+    name, (options, _, hook) = f"{arm}-{seed}", ARMS[arm]
+    out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    how = [*COMMON.split(), *ARMS[arm][0].split(), "--seed", str(seed), *["--resume"][: out.exists()]]
+    how = f"--task {given.task} --model tiny --iterations {given.iterations} --eval-every 4 --seed {seed}"
+    arguments = [*how.split(), *options.split(), *["--resume"] * (out / "config.json").exists(), "--out", str(out)]
+    start = [__file__, "hooked", hook] if hook else ["star.py"]
     with open(out.parent / f"{name}.log", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs on two cores beat one on both
-        command = [sys.executable, "star.py", *how, "--out", str(out)]
+        revision = out.parent / f"{name}.revision"  # of the code that began it
+        if not revision.exists():
+            command = "git describe --always --dirty --abbrev=40 --exclude *".split()
+            found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            revision.write_text(found.stdout.strip())
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *start, *arguments]
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    lines[-1] |= second_judge(out)
-    (RUNS / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines[-1] |= second_judge(out, given.task)
+    config = json.loads((out / "config.json").read_text()) | {"revision": revision.read_text(), "arm": arm}
+    config["hook"] = hook
+    for path in ("out", "train_prompts", "test_prompts"):  # nothing of this machine
+        config["settings"][path] = os.path.relpath(config["settings"][path], ROOT)
+    folder = results(given) / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return name
 
 
-def test_images(out):
-    """(prompts, images, rewards) of the test words by a run's trained model; by the base model without one."""
-    settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
-    policy, _ = star.load_policy(settings, reward, "cpu")
-    if out:
-        star.restore_transformer(policy.transformer, out)
-    prompts = star.load_prompts(settings.test_prompts, "ocr")
-    return prompts, *star.evaluate(policy, prompts, reward, settings)[:2]
+def test_images(transformer, task, count=None):
+    """(prompts, images, rewards) of the test prompts by a trained transformer; without one, by the embedded model's."""
+    chosen = ["--transformer", str(transformer)] if transformer else []
+    settings = star.parse_settings(["--task", task, "--model", "tiny", *chosen])
+    policy = star.load_policy(settings, "cpu")
+    prompts = star.load_prompts(settings.test_prompts, task)[:count]
+    samples = list(star.sample(policy, prompts, 1, settings, star.EVALUATION, policy.sigmas(settings.eval_steps)))
+    scores = star.reward_all(samples, prompts, 1, star.make_reward(settings, "cpu"), settings)[2]
+    return prompts, torch.cat([images for _, images in samples]), scores[:, 0].tolist()
 
 
-def second_judge(out):
+def second_judge(transformer, task):
     """Exact-match and character error rate of the test images under Tesseract."""
-    prompts, images, _ = test_images(out)
+    if task != "ocr" or not shutil.which("tesseract"):
+        return {}
+    prompts, images, _ = test_images(transformer, task)
     targets = [star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))]) for prompt in prompts]
     read = [star.normalise_text(tesseract(image)) for image in images]
     errors = [min(star.edit_distance(got, target) / len(target), 1) for got, target in zip(read, targets)]
@@ -106,246 +157,236 @@ def second_judge(out):
 
 def tesseract(image):
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        star.to_picture(image, 384).save(file.name)
-        command = f"tesseract {file.name} - --psm 6 -c tessedit_char_whitelist={star.LETTERS}"
+        star.to_picture(image).resize((384, 384), Image.BICUBIC).save(file.name)
+        command = f"tesseract {file.name} - --psm 6 -c tessedit_char_whitelist=ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
         return subprocess.run(command.split(), env=environment, capture_output=True, text=True, check=True).stdout
 
 
-# --- table and picture ------------------------------------------------------------------------------------------------
+# --- table ------------------------------------------------------------------------------------------------------------
 
 
-def load():
+def load(given):
+    """{arm: [lines of metrics.jsonl, ...], one a seed}, in the order of the arms."""
+    old = {path.stem: path for path in given.runs.glob("*.jsonl")}
+    paths = old if given.old else {path.parent.name: path for path in results(given).glob("*/metrics.jsonl")}
     found = {}
-    for path in sorted(RUNS.glob("*.jsonl")):
-        arm, seed = path.stem.rsplit("-", 1)
-        found.setdefault(arm, {})[int(seed)] = [json.loads(line) for line in path.read_text().splitlines()]
-    return {arm: found[arm] for arm in ARMS if arm in found}
+    for name, path in sorted(paths.items()):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found.setdefault(name.rsplit("-", 1)[0], []).append(lines)
+    if not found:
+        sys.exit(f"no runs in {given.runs if given.old else results(given)}")
+    return {arm: found[arm] for arm in (OLD_ARMS if given.old else ARMS) if arm in found}
 
 
 def curve(lines):
     return {line["iteration"]: line["eval_reward"] for line in lines if "eval_reward" in line}
 
 
+def area(lines):
+    """The primary measure: the mean test reward over all evaluations after the first."""
+    return statistics.mean([value for iteration, value in curve(lines).items() if iteration > 0])
+
+
 def spread(values):
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table():
-    found = load()
-    goals = [statistics.mean(lines[-1]["eval_reward"] for lines in found[arm].values()) for arm in BASELINES]
-    goals.insert(1, 0.75)
-    print(
-        "| arm | n | test reward | over flow-grpo | exact | Tesseract exact | Tesseract CER "
-        f"| {' | '.join(f'images to {goal:.3f}' for goal in goals)} | s an iteration | GB |"
-    )
-    print("|---" * 12 + "|")
-    first, base = found["flow-grpo"][0][0], json.loads((RUNS / "base.json").read_text())
-    judged = f"{base['tesseract_exact']:.3f} | {base['tesseract_error_rate']:.3f}"
-    print(f"| before training | | {first['eval_reward']:.3f} | | {first['eval_exact']:.3f} | {judged} | | | | | |")
-    reference = [lines[-1]["eval_reward"] for lines in found["flow-grpo"].values()]
-    for arm, runs in found.items():
-        runs = list(runs.values())
-        phases = ("seconds_sampling", "seconds_reward", "seconds_update")
-        seconds = [sum(line[phase] for phase in phases) for lines in runs for line in lines[1:]]
-        final = [lines[-1]["eval_reward"] for lines in runs]
-        columns = [
-            spread(final),
-            "" if arm == "flow-grpo" else difference(final, reference),
-            spread([lines[-1]["eval_exact"] for lines in runs]),
-            spread([lines[-1]["tesseract_exact"] for lines in runs]),
-            spread([lines[-1]["tesseract_error_rate"] for lines in runs]),
-            *(reached(runs, goal) for goal in goals),
-            f"{statistics.median(seconds):.1f}",
-            f"{max(line['peak_memory_gb'] for lines in runs for line in lines[1:]):.2f}",
-        ]
-        print(f"| {LABELS.get(arm, arm)} | {len(runs)} | {' | '.join(columns)} |")
-    panels = [[arm for arm in group if arm in found] for group in PANELS]
-    drawn = [curves_panel({arm: found[arm] for arm in panel}) for panel in panels]
-    sheet = Image.new("RGB", (drawn[0].width, sum(panel.height for panel in drawn)))
-    for number, panel in enumerate(drawn):
-        sheet.paste(panel, (0, number * panel.height))
-    sheet.save(ROOT / "assets/curves.png")
-
-
-LABELS = {
-    "flow-grpo-none": "flow-grpo, as published",
-    "star-none": "star, unweighted",
-    "star-uniform-none": "star-uniform, unweighted",
-}
-BASELINES = ("flow-grpo-none", "flow-grpo")  # whose final mean is a goal; between them, a fixed reward
-
-
-def difference(final, reference):
-    """Difference of the means and its standard error, where both have more than one seed."""
-    apart = statistics.mean(final) - statistics.mean(reference)
-    if min(len(final), len(reference)) < 2:
+def difference(values, reference):
+    """Difference of the means, its standard error and Welch's p (at least 0.001), where both have several seeds."""
+    apart = statistics.mean(values) - statistics.mean(reference)
+    if min(len(values), len(reference)) < 2:
         return f"{apart:+.3f}"
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (final, reference)))
-    return f"{apart:+.3f} (SE {error:.3f})"
+    error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (values, reference)))
+    p = ttest_ind(values, reference, equal_var=False).pvalue
+    return f"{apart:+.3f} (SE {error:.3f}, p {max(p, 0.001):.3f})"
 
 
-def reached(runs, goal, images=128):
-    """Images until the test reward first reaches the goal, between evaluations on a straight line: mean and standard
-    deviation over the seeds that got there, and how many did not."""
+def reached(runs, goal):
+    """Images until the test reward first reaches the goal, between evaluations on a straight line. Only where every
+    seed arrives: a mean over those that did would favour arms of which some did not."""
     found = []
     for lines in runs:
         points = list(curve(lines).items())
         for (before, low), (after, high) in zip(points, points[1:]):
             if high >= goal:
-                found.append(images * (before + (after - before) * (goal - low) / (high - low)))
+                found.append(IMAGES * (before + (after - before) * (goal - low) / (high - low)))
                 break
-    if not found:
-        return "never"
-    missed = f"{len(runs) - len(found)} of {len(runs)} never" * (len(found) < len(runs))
-    sd = f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else ""
-    return ", ".join(filter(None, [f"{statistics.mean(found):.0f}{sd}", missed]))
+    if len(found) < len(runs):
+        return f"{len(found)} of {len(runs)} got there"
+    return f"{statistics.mean(found):.0f}" + (f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else "")
 
 
-PANELS = (
-    ("flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo", "fdfo-attention"),
-    (
-        "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "flow-grpo-none",
-        "star", "star-lr-3e-4", "star-strength-0.5", "star-strength-0.25", "star-uniform-none", "star-none",
-    ),
-)  # fmt: skip
-COLOURS = "#000000 #d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #7f7f7f #e377c2 #17becf #bcbd22".split()
+def table(given):
+    found = load(given)
+    reference = [area(lines) for lines in found.get("flow-grpo", [])]
+    names = "arm | n | mean | over flow-grpo's | final | exact | Tesseract exact | Tesseract CER | clipped"
+    print(f"| {names} | images to 0.75 | s an iteration |")
+    print("|---" * 11 + "|")
+    for arm, runs in found.items():
+        areas, last = [area(lines) for lines in runs], [lines[-1] for lines in runs]
+        trained = [line for lines in runs for line in lines[1:]]
+        seconds = [sum(value for name, value in line.items() if name.startswith("seconds")) for line in trained]
+        scores = ("eval_reward", "eval_exact", "tesseract_exact", "tesseract_error_rate")
+        columns = [
+            spread(areas),
+            difference(areas, reference) if reference and arm != "flow-grpo" else "",
+            *(spread([line.get(name) for line in last]) for name in scores),
+            f"{statistics.mean(line['clip_high'] + line['clip_low'] for line in trained):.1%}",
+            reached(runs, 0.75),
+            f"{statistics.median(seconds):.1f}",
+        ]
+        print(f"| {LABELS.get(arm, arm)} | {len(runs)} | {' | '.join(columns)} |")
 
 
-def curves_panel(found, width=960, height=460, low=0.45, high=0.95):
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+SHOWN = ("flow-grpo-published", "flow-grpo", "star", "star-image", "star-uniform", "star-shuffled", "fdfo")
+SHOWN_OLD = ("flow-grpo-none", "flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo")
+COLOURS = "#000000 #7f7f7f #d62728 #ff7f0e #1f77b4 #2ca02c #9467bd".split()
+
+
+def curves(given, width=960, height=460, low=0.45, high=0.95):
     """Mean test reward over images seen, one line an arm, the standard error as a bar."""
+    found = load(given)
+    runs = {arm: [curve(lines) for lines in found[arm]] for arm in (SHOWN_OLD if given.old else SHOWN) if arm in found}
     sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    curves = {arm: [curve(lines) for lines in runs.values()] for arm, runs in found.items()}
-    last = max(it for runs in curves.values() for c in runs for it in c)
-    x = lambda iteration: 60 + iteration / last * (width - 330)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    last = max(iteration for points in runs.values() for c in points for iteration in c)
+    x = lambda iteration: 60 + iteration / last * (width - 340)
     y = lambda value: height - 50 - (value - low) / (high - low) * (height - 80)
     for tick in range(round(low * 20), round(high * 20) + 1):
-        draw.line([(60, y(tick / 20)), (width - 270, y(tick / 20))], fill="#dddddd")
-        draw.text((16, y(tick / 20) - 8), f"{tick / 20:.2f}", fill="black", font=font)
-    for iteration in curves[next(iter(curves))][0]:
-        draw.text((x(iteration) - 14, height - 44), str(iteration * 128), fill="black", font=font)
-    draw.text((width / 2 - 160, height - 22), "images seen (test reward, mean over seeds)", fill="black", font=font)
-    for index, ((arm, runs), colour) in enumerate(zip(curves.items(), COLOURS)):
-        means = {it: statistics.mean(c[it] for c in runs) for it in runs[0]}
-        draw.line([(x(it), y(v)) for it, v in means.items()], fill=colour, width=3)
-        for it in means if len(runs) > 1 else ():
-            error = statistics.stdev(c[it] for c in runs) / math.sqrt(len(runs))
+        draw.line([(60, y(tick / 20)), (width - 280, y(tick / 20))], fill="#dddddd")
+        draw.text((16, y(tick / 20) - 9), f"{tick / 20:.2f}", fill="black", font=font)
+    for iteration in next(iter(runs.values()))[0]:
+        draw.text((x(iteration) - 14, height - 46), str(iteration * IMAGES), fill="black", font=font)
+    draw.text((120, height - 24), "images seen (test reward: mean and standard error)", fill="black", font=font)
+    for index, ((arm, points), colour) in enumerate(zip(runs.items(), COLOURS)):
+        means = {it: statistics.mean(c[it] for c in points) for it in points[0]}
+        draw.line([(x(it), y(value)) for it, value in means.items()], fill=colour, width=3)
+        for it in means if len(points) > 1 else ():
+            error = statistics.stdev(c[it] for c in points) / math.sqrt(len(points))
             draw.line([(x(it), y(means[it] - error)), (x(it), y(means[it] + error))], fill=colour)
-        draw.line([(width - 255, 40 + index * 22), (width - 225, 40 + index * 22)], fill=colour, width=3)
-        draw.text((width - 218, 32 + index * 22), f"{LABELS.get(arm, arm)} (n = {len(runs)})", fill="black", font=font)
-    return sheet
+        draw.line([(width - 265, 40 + index * 26), (width - 235, 40 + index * 26)], fill=colour, width=3)
+        label = f"{LABELS.get(arm, arm)} (n = {len(points)})"
+        draw.text((width - 226, 31 + index * 26), label, fill="black", font=font)
+    sheet.save(given.out or ROOT / "assets/curves.png")
 
 
-def pictures(count=8):
-    images, captions = [], []
-    for arm in ("base", "flow-grpo", "star", "fdfo", "fdfo-attention"):
-        prompts, drawn, rewards = test_images(None if arm == "base" else ROOT / f"runs/evidence/{arm}-0")
-        images.append(drawn[:count])
-        captions += [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts[:count], rewards.tolist())]
-    star.save_grid(ROOT / "assets/methods.png", torch.cat(images), captions, columns=count)
+def pictures(given, count=8):
+    """The first test prompts by the embedded model and by the runs of seed 0."""
+    cells = []
+    for arm in ("base", *SHOWN):
+        folder = given.work / given.task / f"{arm}-0"
+        if arm == "base" or (folder / "transformer").exists():
+            prompts, images, rewards = test_images(None if arm == "base" else folder, given.task, count)
+            captions = [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts, rewards)]
+            cells += zip(images, captions)
+    star.save_sheet(given.out or ROOT / "assets/methods.png", cells, columns=count, side=144)
 
 
 # --- why --------------------------------------------------------------------------------------------------------------
 
 
-WHY = {  # block, arm, strength: one set of rollouts, each of these maps on it
-    "uniform (= flow-grpo)": (3, "uniform", 1.0),
-    "block 0": (0, "attention", 1.0),
-    "block 1": (1, "attention", 1.0),
-    "block 2": (2, "attention", 1.0),
-    "block 3": (3, "attention", 1.0),
-    "block 3, strength 0.5": (3, "attention", 0.5),
-    "block 3, strength 0.25": (3, "attention", 0.25),
-    "block 3, static": (3, "static", 1.0),
-    "block 3, shuffled": (3, "shuffled", 1.0),
+WHY = {  # block, strength, hook: one set of rollouts, each of these maps on it
+    "uniform (Flow-GRPO's gradient)": (3, 0.0, None),
+    "block 0": (0, 1.0, None),
+    "block 1": (1, 1.0, None),
+    "block 2": (2, 1.0, None),
+    "block 3 (the default)": (3, 1.0, None),
+    "block 3, strength 0.5": (3, 0.5, None),
+    "block 3, strength 0.25": (3, 0.25, None),
+    "block 3, static": (3, 1.0, "static"),
+    "block 3, shuffled": (3, 1.0, "shuffled"),
 }
 
 
-def why(batches=8):
-    """Which maps carry more signal an image, at the base model, on training prompts? By denoising step.
+def why(given):
+    """Which maps carry more signal an image, at the embedded model, on training prompts? By denoising step.
 
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
     is unbiased; mean and standard error over batches. Noise: variance of a batch's gradient, as a multiple of the
-    uniform one's, each map's loudness taken out as --step-weights equal does. Aim: mean M on the tokens of the letters
-    drawn, on the blank tokens of the sign (letters left out), and elsewhere; and the share of M on the sign.
+    uniform one's. Every map is divided by its own norm, as --step-weights equal does; "all" is over the steps, weighted
+    equally. Aim: mean M on the tokens of the letters drawn, on the blank tokens of the sign, and elsewhere; and the
+    share of M on the sign. The references share batches, so the standard errors of the cosines are too small.
     """
-    settings, reward = star.parse_settings(["--model", "tiny"]), star.OCRReward()
-    policy, _ = star.load_policy(settings, reward, "cpu")
+    settings = star.parse_settings("--task ocr --model tiny --sde-window 9".split())
+    policy, reward = star.load_policy(settings, "cpu"), star.OCRReward()
     prompts, sigmas = star.load_prompts(settings.train_prompts, "ocr"), policy.sigmas(settings.sampling_steps)
-    trained, parameters = settings.sampling_steps - 1, list(policy.transformer.parameters())
-    size = sum(p.numel() for p in parameters)
-    gradients = {arm: torch.zeros(batches, trained, size) for arm in WHY}
-    unweighted = {arm: torch.zeros(batches, size) for arm in WHY}
-    aims = {block: [] for block in range(4)}
-    for batch in range(batches):
+    trained, size = settings.trained_steps, sum(p.numel() for p in policy.transformer.parameters())
+    store = lambda: torch.zeros(given.batches, trained, size, dtype=torch.bfloat16)  # half the memory, the same cosines
+    gradients, aims = {arm: store() for arm in WHY}, {block: [] for block in range(4)}
+    for batch in range(given.batches):
         chosen, key = star.pick_prompts(prompts, settings, 1000 + batch), (settings.seed, 1000 + batch)
-        rolled = [
-            star.sample_groups(
-                policy, chosen, settings.group_size, settings, key, sigmas, settings.noise_level, blocks=(block,)
-            )
-            for block in range(4)
-        ]  # the same images every time
-        trajectories, images, _ = rolled[0]
-        futures = reward.submit(images, [prompt for prompt in chosen for _ in range(settings.group_size)])
-        _, rewards, _ = star.gather_rewards(images, futures, len(images), settings)
-        advantages = star.group_advantages(rewards, settings.group_size).split(settings.batch_size)
-        kinds = cells(images)
-        for block in range(4):
-            maps = star.allocation_map(torch.cat([t.attention for t in rolled[block][0]], dim=1), 1.0)  # [T, B, P]
-            means = [[maps[i][kind].mean().item() for kind in kinds] for i in range(trained)]
-            shares = [maps[i][kinds[0] | kinds[1]].sum().item() / maps[i].sum().item() for i in range(trained)]
-            aims[block].append([[*row, share] for row, share in zip(means, shares)])
-        for number, (trajectory, advantage) in enumerate(zip(trajectories, advantages)):
-            trajectory.advantages = advantage
-            allocations = {}
-            for arm, (block, how, strength) in WHY.items():
-                generators = [torch.Generator().manual_seed(g.initial_seed()) for g in trajectory.generators]
-                attention = rolled[block][0][number].attention
-                allocations[arm] = star.arrange_allocation(attention, how, strength, generators, trained)
+        rolled = []  # by block: the same images every time, with that block's attention
+        for block in aims:
+            how = dataclasses.replace(settings, attention_blocks=str(block))
+            rolled.append(list(star.sample(policy, chosen, how.group_size, how, key, sigmas, trained, trained)))
+        rollouts, _, scores = star.reward_all(rolled[0], chosen, settings.group_size, reward, settings)
+        advantages = star.group_advantages(scores[:, 0], settings.group_size)
+        for block in aims:
+            aims[block].append(aim(rolled[block]))
+        for number, rollout in enumerate(rollouts):
+            rollout.advantages = advantages[rollout.rows]
+            maps = {arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in WHY.items()}
             for i in range(trained):
-                velocity = star.predict_velocity(
-                    policy.transformer, trajectory.latents[i], sigmas[i], trajectory.text(), settings.guidance
-                )
-                for arm, allocation in allocations.items():
-                    trajectory.allocation = allocation
-                    loss = star.policy_loss(settings, trajectory, i, velocity, sigmas, 2)[0]
-                    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                    found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
-                    found = torch.cat([g.flatten() for g in found])
-                    unweighted[arm][batch] += found
-                    gradients[arm][batch, i] += found / star.loudness(trajectory, i, settings)
-        print(f"batch {batch + 1} of {batches}", file=sys.stderr, flush=True)
-    weights = torch.tensor(star.step_weights(sigmas, settings.noise_level, "equal"))[:, None]
-    print("| maps | " + " | ".join(f"{s:.2f}" for s in sigmas[:trained]) + " | all, none | all, equal |")
-    print("|---" * (trained + 3) + "|")
-    plain = gradients["uniform (= flow-grpo)"]
+                found = gradients_of(policy.transformer, rollout, i, maps, sigmas, settings)
+                for arm, gradient in found.items():
+                    gradients[arm][batch, i] += gradient / len(rollouts)
+        print(f"batch {batch + 1} of {given.batches}", file=sys.stderr, flush=True)
+    print_signal(gradients, torch.tensor(star.step_weights(sigmas, settings.noise_level, trained)), sigmas)
+    print_aim(aims, sigmas)
+
+
+def make_map(rollout, strength, hook):
+    allocation = star.allocation_map(rollout.attention, strength)
+    return HOOKS[hook](allocation) if hook else allocation
+
+
+def gradients_of(transformer, rollout, i, maps, sigmas, settings):
+    """{arm: the objective's gradient [size] at step i of a microbatch}"""
+    steps, parameters, found = torch.full_like(rollout.rows, i), list(transformer.parameters()), {}
+    taken = star.act(transformer, rollout, steps, sigmas, settings)[0]
+    rollout.old[i] = taken.detach()
+    for arm, allocation in maps.items():
+        rollout.allocation = allocation
+        loss = star.objective(taken, rollout, steps, settings)[0]
+        parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        found[arm] = torch.cat([part.flatten() for part in parts])
+    return found
+
+
+def print_signal(gradients, weights, sigmas):
+    trained, plain = len(weights), next(iter(gradients.values()))
+    heading = " | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained])
+    print(f"| maps | {heading} | all |\n" + "|---" * (trained + 2) + "|")
+    views = [lambda g, i=i: g[:, i].float() for i in range(trained)]  # [batches, size] of one step, ...
+    views.append(lambda g: torch.stack([(one.float() * weights[:, None]).sum(0) for one in g]))  # ... and of all
     for arm, g in gradients.items():
-        columns = [signal(g[:, i], plain[:, i]) for i in range(trained)]
-        columns.append(signal(unweighted[arm], unweighted["uniform (= flow-grpo)"]))
-        columns.append(signal((g * weights).sum(1), (plain * weights).sum(1)))
-        print(f"| {arm} | " + " | ".join(columns) + " |")
+        print(f"| {arm} | " + " | ".join(signal(view(g), view(plain)) for view in views) + " |")
+    own = [view(plain).var(0).sum() for view in views]
     for arm, g in gradients.items():
-        noise = [(g[:, i].var(0).sum() / plain[:, i].var(0).sum()).item() for i in range(trained)]
-        noise.append(((g * weights).sum(1).var(0).sum() / (plain * weights).sum(1).var(0).sum()).item())
-        *steps, whole = (f"{value:.2f}" for value in noise)
-        print(f"| {arm}, variance over uniform's | " + " | ".join(steps) + f" | | {whole} |")
-    norms = plain.norm(dim=-1).mean(0)
-    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in (norms / norms[0]).tolist()) + " | | |")
-    heading = " | ".join(f"{s:.2f}" for s in sigmas[:trained])
-    print(f"\n| mean M on letters / blanks / elsewhere, share on the sign | {heading} |")
-    print("|---" * (trained + 1) + "|")
-    for block, found in aims.items():
-        mean = torch.tensor(found).mean(0).tolist()
-        cell = lambda row: " / ".join(f"{m:.1f}" for m in row[:3]) + f", {row[3]:.0%}"
-        print(f"| block {block} | " + " | ".join(map(cell, mean)) + " |")
-    print(f"\n{batches} batches of 128 images")
+        noise = [view(g).var(0).sum() / variance for view, variance in zip(views, own)]
+        print(f"| {arm}, variance over uniform's | " + " | ".join(f"{value:.2f}" for value in noise) + " |")
+    norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:-1]])
+    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | |")
 
 
 def signal(gradients, plain):
     total = plain.sum(0)
     cosines = [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
     return f"{statistics.mean(cosines):.3f} ± {statistics.stdev(cosines) / math.sqrt(len(cosines)):.3f}"
+
+
+def aim(rolled):
+    """By step: mean M on letters, blank sign and elsewhere, and the share of M on the sign."""
+    kinds = cells(torch.cat([images for _, images in rolled]))
+    maps = star.allocation_map(torch.cat([rollout.attention for rollout, _ in rolled], dim=1), 1.0)  # [K, B, P]
+    return [[*(m[kind].mean().item() for kind in kinds), (m[kinds[0] | kinds[1]].sum() / m.sum()).item()] for m in maps]
 
 
 def cells(images):
@@ -356,8 +397,34 @@ def cells(images):
     return letter, blank, ~letter & ~blank
 
 
+def print_aim(aims, sigmas):
+    trained = len(aims[0][0])
+    print("\n| mean M on letters / blanks / elsewhere, share on the sign | ", end="")
+    print(" | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained]) + " |\n" + "|---" * (trained + 1) + "|")
+    for block, found in aims.items():
+        mean = torch.tensor(found).mean(0).tolist()
+        rows = [" / ".join(f"{m:.1f}" for m in row[:3]) + f", {row[3]:.0%}" for row in mean]
+        print(f"| block {block} | " + " | ".join(rows) + " |")
+
+
+def main():
+    if sys.argv[1:2] == ["hooked"]:
+        return run_hooked(sys.argv[2], sys.argv[3:])
+    commands = {command.__name__: command for command in (run, table, curves, pictures, why)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("names", nargs="*", help="run: which, as arm-seed")
+    parser.add_argument("--task", default="ocr", help="[ocr]")
+    parser.add_argument("--old", action="store_true", help="the earlier version's runs, assets/runs/*.jsonl")
+    parser.add_argument("--iterations", type=int, default=24, help="of every run [24]")
+    parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
+    parser.add_argument("--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="where runs work [runs/evidence]")
+    parser.add_argument("--out", type=Path, help="curves, pictures: the file to write")
+    given = parser.parse_args()
+    given.work = given.work.resolve()
+    commands[given.command](given)
+
+
 if __name__ == "__main__":
-    commands = {"run": lambda: run(sys.argv[2:]), "table": table, "pictures": pictures, "why": why}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(__doc__)
-    commands[sys.argv[1]]()
+    main()

@@ -3,12 +3,12 @@
     python prompts/make_prompts.py            rewrite every file beside this script, bit for bit the same
     python prompts/make_prompts.py --check    exit 1, naming each file that differs from what would be written
 
-tiny/{train,test}.txt        a sign that says "CAT": three-letter words for the embedded model
+tiny/ocr/{train,test}.txt    a sign that says "CAT": three-letter words for the embedded model
 ocr/{train,test}.txt         scenes with one quoted text of 1 to 5 words
 geneval/{train,test}.jsonl   objects, counts, colors, positions, with the metadata the reward scores
 pickscore/{train,test}.txt   descriptions of pictures of all kinds
 
-Train and test are disjoint: no prompt in both; for tiny and ocr no quoted text in both (whatever its case); for geneval
+Train and test are disjoint: no prompt in both; for tiny/ocr and ocr no quoted text in both (whatever its case); for geneval
 no scene in both, however it is worded; for pickscore no subject in both. `check_properties` asserts this and the rest.
 
 Word lists use two marks: `{a|b}` is a choice, `;` separates entries.
@@ -621,12 +621,12 @@ def check_properties(files):
         assert all(line.isascii() and line == line.strip() and "  " not in line for line in lines), name
         assert len(set(lines)) == len(lines), name
         assert not any(re.search(r"\b[Aa] [aeio]|\b[Aa] u(?!n)|\b[Aa]n [^aeiou]", line) for line in lines), name
-    for task, suffix in (("tiny", "txt"), ("ocr", "txt"), ("geneval", "jsonl"), ("pickscore", "txt")):
+    for task, suffix in (("tiny/ocr", "txt"), ("ocr", "txt"), ("geneval", "jsonl"), ("pickscore", "txt")):
         train, test = files[f"{task}/train.{suffix}"], files[f"{task}/test.{suffix}"]
         assert not set(train) & set(test), task
-        if task in ("tiny", "ocr"):
+        if task in ("tiny/ocr", "ocr"):
             assert not set(map(quoted, train)) & set(map(quoted, test)), task
-    check_tiny(files["tiny/train.txt"], files["tiny/test.txt"])
+    check_tiny(files["tiny/ocr/train.txt"], files["tiny/ocr/test.txt"])
     for line in files["ocr/train.txt"] + files["ocr/test.txt"]:
         assert 10 <= len(line.split()) <= 40 and 1 <= len(quoted(line).split()) <= 5, line
         assert re.fullmatch(r"[a-z0-9 '!&:.-]+", quoted(line)), line
@@ -665,7 +665,7 @@ def check_geneval(train, test):
 def make_all():
     """{name: lines}; each task draws from a seed of its own, so that a change to one leaves the others as they are."""
     files = {}
-    for task, suffix, make, seed in (("tiny", "txt", make_tiny, 1), ("ocr", "txt", make_ocr, 2),
+    for task, suffix, make, seed in (("tiny/ocr", "txt", make_tiny, 1), ("ocr", "txt", make_ocr, 2),
                                      ("geneval", "jsonl", make_geneval, 3), ("pickscore", "txt", make_pickscore, 4)):
         files[f"{task}/train.{suffix}"], files[f"{task}/test.{suffix}"] = make(random.Random(seed))
     return files
@@ -684,7 +684,7 @@ def main():
             if not path.is_file() or path.read_bytes() != content:
                 differ.append(name)
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             print(f"{name}: {len(lines)} lines")
     for name in differ:
