@@ -11,8 +11,8 @@ every denoising step of every rollout. Five steps, each a function below, and a 
   5. Update through a clipped objective resolved in space.                             star_objective
 
 flow_grpo_objective is the scalar baseline (Flow-GRPO, arXiv 2505.05470); churn_step, fdfo_direction and fdfo_objective
-are a second method (FDFO, arXiv 2603.12893). Only the abstract of STAR's paper is public to us. Words "in quotes" in
-the comments are the abstract's; where it is silent a comment says what we chose and why, and README.md has the list.
+are a second method (FDFO, arXiv 2603.12893). STAR is written from its paper's abstract alone: words "in quotes" are the
+abstract's, and where it is silent a comment says what we chose and why. README.md has the list.
 
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU, else an embedded tiny model
   python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
@@ -132,8 +132,8 @@ def step_weights(sigmas, noise_level, window):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Where does the model itself look for the prompt's core content? "Text-image attention", captured on the way.
 #
-# The paper is silent on which attention. We take SD3's joint attention, image queries on text keys, heads averaged, in
-# the block that localises best (--attention-blocks). The softmax runs over *all* keys, image and text: so S is a
+# The abstract does not say which attention. We take SD3's joint attention, image queries on text keys, heads averaged,
+# in the block that localises best (--attention-blocks). The softmax runs over *all* keys, image and text: so S is a
 # probability, the share of an image token's attention that the core gets, and can be compared between tokens. Softmax
 # over the text keys alone would be large even where a token hardly looks at the text.
 
@@ -184,9 +184,9 @@ def capture_attention(transformer, core_mask, blocks):
         for hook in hooks:
             hook.remove()
 
-# "Starting from the core content of the prompt" is all the paper says. We take what the reward looks at: ocr, the
-# quoted text; geneval, the objects, colours, counts and relations that the prompt's own metadata names; pickscore,
-# every word that is not a function word.
+# "The core content that the user truly cares about in the prompt" is all the abstract says. We take what the reward
+# looks at: ocr, the quoted text; geneval, the objects, colours, counts and relations that the prompt's own metadata
+# names; pickscore, every word that is not a function word.
 
 STOP_WORDS = frozenset(
     "a an the and or but of in on at by to from with without into onto over under as for is are was were be been being "
@@ -237,7 +237,7 @@ def token_mask(spans, offsets):
     return [any(start < b and a < end for a, b in spans) and start < end for start, end in offsets]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. From attention to "spatial allocation maps that vary across denoising steps and across rollouts".
+# 3. From attention to "spatial allocation maps that dynamically vary across denoising steps and rollouts".
 #
 # What is temporal in it? M has mean 1 at every step, so a map moves credit over space only; which region it favours
 # follows the step, from a vague guess in noise to the very letters. Credit moves over *time* by --step-weights and by
@@ -632,7 +632,7 @@ class Settings:
     # STAR: the abstract gives no number, so these are ours.
     allocation_strength: float = setting(1.0, "lambda: 0 uniform maps, 1 the attention's alone", 0, 1, "star")
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")  # Seg4Diff: 9 of 24 localises best
-    ratio: Literal["region", "image"] = setting("region", "clip each region's ratio, or the image's", only="star")
+    ratio: Literal["region", "image"] = setting("image", "clip the image's ratio, or each region's", only="star")
     step_weights: Literal["none", "equal"] = setting("equal", "equal: all steps and maps count alike", only=GRPO)
     sde_window: int = setting(4, "noise and training in the first K steps, Euler's after (Flow-GRPO: 9)", 1, only=GRPO)
     # Flow-GRPO's recipe for SD3.5 Medium, but where a comment says otherwise.
@@ -680,11 +680,10 @@ PRESETS = {  # merged in this order: task, model, method, model with method; the
     "pickscore": dict(kl=0.01),  # Flow-GRPO
     "tiny": dict(  # ours, from runs of some minutes on two cores
         attention_blocks="3", iterations=45, prompts_per_iteration=8, group_size=16, batch_size=32,
-        learning_rate=1.5e-4, kl=0.0, guidance=1.0, eval_every=10, eval_steps=10, resolution=48, t5_length=0,
-        dtype="fp32",
+        learning_rate=1.5e-4, clip_range=3e-4, kl=0.0, guidance=1.0, eval_every=10, eval_steps=10, resolution=48,
+        t5_length=0, dtype="fp32",
     ),
     "fdfo": dict(optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0),  # FDFO
-    "tiny star": dict(clip_range=1e-3),  # 1e-4 clips a quarter of the tokens after one step, and the rest pull back
     "tiny fdfo": dict(learning_rate=3e-5, churn=0.1),  # 1.5e-4 unlearns; with churn 0.01 most pairs read the same
 }  # fmt: skip
 
