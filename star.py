@@ -176,8 +176,7 @@ def capture_attention(transformer, core_mask, blocks):
         image_states, text_states = states["hidden_states"], states["encoder_hidden_states"]
         captured.append(core_attention(attn, image_states, text_states, core_mask))
 
-    attentions = [transformer.transformer_blocks[block].attn for block in blocks]
-    hooks = [attn.register_forward_pre_hook(read, with_kwargs=True) for attn in attentions]
+    hooks = [transformer.transformer_blocks[b].attn.register_forward_pre_hook(read, with_kwargs=True) for b in blocks]
     try:
         yield captured
     finally:
@@ -385,8 +384,8 @@ def fdfo_direction(final_latents, rewards):
     branches, and on average the reward's gradient. A pair that lacks a reward (NaN) is a tie, which pulls nowhere.
     ValueError for an odd number.
     """
-    if len(rewards) % 2 or len(final_latents) != len(rewards):
-        raise ValueError(f"{len(final_latents)} latents and {len(rewards)} rewards do not make pairs")
+    if len(rewards) % 2 or len(rewards) != len(final_latents):
+        raise ValueError(f"{len(rewards)} rewards do not make pairs")
 
     def from_pair_mean(values):  # half the difference, with opposite signs: exactly 0 for a tie
         half = (values[0::2] - values[1::2]) / 2
@@ -419,7 +418,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     """One iteration of STAR (or Flow-GRPO, or FDFO) on some prompts, as many as groups. reference: the frozen starting
     model, or None without KL. Returns one line of metrics.jsonl."""
     key, sigmas, began = (settings.seed, iteration), policy.sigmas(settings.sampling_steps), time.perf_counter()
-    star, fdfo, trained = settings.method == "star", settings.fdfo, settings.trained_steps
+    star, trained = settings.method == "star", settings.trained_steps
     # 1. Sample groups of images (fdfo: pairs), each step an action; read the attention to the core on the way.
     samples = sample(policy, prompts, settings.group_size, settings, key, sigmas, trained, trained if star else 0)
     # 2. Reward every final image, one microbatch while the next is sampled.
@@ -429,7 +428,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     advantages = group_advantages(rewards, settings.group_size)
     for rollout in rollouts:
         rollout.advantages = advantages[rollout.rows].to(policy.device)
-        if fdfo:
+        if settings.fdfo:
             pairs = rewards[rollout.rows].to(policy.device)
             rollout.advantages, rollout.direction = fdfo_direction(rollout.latents[-1], pairs)
         # 4. Allocate: every step of every rollout has a map of its own, of mean 1.
@@ -445,7 +444,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
         for rollout, steps in work:
             taken, mean, std = act(policy.transformer, rollout, steps, sigmas, settings)  # l_p [B, P]; fdfo: v
             if number == 0:  # nothing has changed yet, so the old side is the new one, whatever the sampler's kernels
-                deviations.append(objective(taken.detach(), rollout, steps, settings)[1]["ratio_deviation"])
+                deviations.append(float(objective(taken.detach(), rollout, steps, settings)[1]["ratio_deviation"]))
                 rollout.old[steps, rollout.each] = taken.detach()
             loss, stats = objective(taken, rollout, steps, settings)
             if reference is not None:
@@ -455,14 +454,14 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
                 stats["kl"] = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigmas[i])
                 loss = loss + settings.kl * stats["kl"]
             (loss * weights[steps[0]] / share).backward()
-            history.append({name: value.detach() for name, value in stats.items()})
-        if number == 0 and max(gather(max(map(float, deviations)))) > 0:  # other kernels than the sampler's: they must
-            for rollout, steps in sum(rounds[1:], []):  # not pass for a ratio, so all old sides become the update's own
+            history.append({name: float(value) for name, value in stats.items()})
+        if number == 0 and max(deviations) > 0:  # other kernels than the sampler's: that must not pass for a ratio, so
+            for rollout, steps in sum(rounds[1:], []):  # before anything changes all old sides become the update's own
                 rollout.old[steps, rollout.each] = act(policy.transformer, rollout, steps, sigmas, settings)[0].detach()
         norms.append(optimizer.step())
-    seconds = {"seconds_sampling": sampled - began, "seconds_update": time.perf_counter() - sampled}
     metrics = summary(rewards, history, deviations, skipped, norms, optimizer)
-    return {"iteration": iteration, **metrics, **seconds}
+    metrics |= {"seconds_sampling": sampled - began, "seconds_update": time.perf_counter() - sampled}
+    return {"iteration": iteration, **metrics}
 
 @torch.no_grad()
 def sample(policy, prompts, copies, settings, key, sigmas, noisy=0, captured=0):
@@ -594,8 +593,7 @@ def objective(taken, rollout, steps, settings):
 
 def summary(rewards, history, deviations, skipped, norms, optimizer):
     """Columns of metrics.jsonl, over all processes; README.md explains them. RunStopped without any update."""
-    history = [{name: float(value) for name, value in stats.items()} for stats in history]
-    parts = gather((history, max(map(float, deviations)), skipped))
+    parts = gather((history, max(deviations), skipped))
     history, deviation = sum((part[0] for part in parts), []), max(part[1] for part in parts)
     columns = {name: torch.tensor([stats[name] for stats in history]) for name in (history[0] if history else ())}
     finite, taken = rewards[rewards.isfinite()], [norm for norm in norms if math.isfinite(norm)]
@@ -608,7 +606,7 @@ def summary(rewards, history, deviations, skipped, norms, optimizer):
         "ratio_deviation": deviation, "gradient_norm": norm, "gradient_rms": norm / math.sqrt(parameters),
         "dropped": len(rewards) - len(finite), "skipped": sum(part[2] for part in parts),
         "steps_skipped": len(norms) - len(taken),
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,  # without CUDA 0
     }  # fmt: skip
 
 # ======================================================================================================================
@@ -714,12 +712,11 @@ def parse_settings(arguments=None):
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=textwrap.fill(text, 90), **options)
 
     parser.error = lambda message: need(False, f"{message}; --help explains every setting")
-    given = vars(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+    given = vars(parser.parse_args(arguments))
     given = resumed(given) if given.get("resume") else given
     if not given.get("model"):
         given["model"] = SD35 if torch.cuda.is_available() else "tiny"
-        if given["model"] == "tiny":
-            print("note: no CUDA device, so this is the embedded tiny model (--model tiny); nothing is downloaded")
+        print(f"note: --model {given['model']} (with a CUDA device SD3.5 Medium, else tiny, which downloads nothing)")
     settings = Settings(**given)
     for name in (settings.task, settings.model, settings.method, f"{settings.model} {settings.method}"):
         settings = dataclasses.replace(settings, **PRESETS.get(name, {}) | given)
@@ -752,8 +749,8 @@ def check_settings(settings, given):
     fdfo, window, steps, out = settings.fdfo, settings.sde_window, settings.sampling_steps, Path(settings.out)
     for name, entry in FIELDS.items():
         value, (_, low, high, only, _) = getattr(settings, name), entry.metadata.values()
-        number = isinstance(value, (int, float))
-        need(not number or low <= value <= high, f"{flag(name)} {value}: must lie in [{low}, {high}]")
+        fits = not isinstance(value, (int, float)) or low <= value <= high
+        need(fits, f"{flag(name)} {value}: must lie in [{low}, {high}]")
         stray = only and name in given and settings.method not in only and not settings.resume
         need(not stray, f"{flag(name)} belongs to --method {only}, not to {settings.method}")
     shares = (1 if fdfo else settings.optimizer_steps) * process_rank()[1]  # fdfo deals out single denoising steps
@@ -844,10 +841,8 @@ class Policy:
 def load_policy(settings, device):
     """SD3 / SD3.5 from the hub or a local folder, of which the embedded model is one. BadInput, in one line, for
     whatever stands in the way. safetensors only: nothing is unpickled, and no code from the hub is run."""
-    import transformers
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    transformers.logging.disable_progress_bar()
     tiny, dtype = settings.model == "tiny", {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
     what, model = "model", str(ROOT / "assets/tiny") if tiny else settings.model
     parts = {"vae": None} if tiny else {}
@@ -865,7 +860,8 @@ def load_policy(settings, device):
         pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtypes, use_safetensors=True, **parts)
     except Exception as error:  # whatever a loader says of what is not there, not whole or not what it should be
         remedy = f"SD3.5 is gated: accept its licence at https://huggingface.co/{SD35}, then run `hf auth login`"
-        remedy = "`git checkout assets/tiny` brings it back" if tiny and what == "model" else remedy
+        if tiny and what == "model":
+            remedy = "`git checkout assets/tiny` brings it back"
         raise BadInput(f"--{what} {getattr(settings, what)}: {first_line(error)} ({remedy})") from error
     if settings.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
@@ -875,8 +871,8 @@ def load_policy(settings, device):
 # An image's first number is what training raises, the second its published score: ocr, is what was read the very word?
 # geneval, the benchmark's verdict; pickscore, the undivided score. NaN says that there is none.
 
-GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_TAGS = "single_object two_object counting colors position color_attr".split()
+GENEVAL_COLOURS = "red orange yellow green blue purple pink brown black white".split()
 GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
 
 @functools.cache
@@ -1123,8 +1119,7 @@ def evaluate(policy, prompts, reward, settings):
     for tag in GENEVAL_TAGS if settings.task == "geneval" else ():
         own = [row for row in range(len(scores)) if prompts[row // copies].metadata["tag"] == tag]
         shares |= {f"eval_{tag}": scores[own, 1].nanmean().item()} if own else {}
-    if shares:  # the mean over tags, not over images: the benchmark's overall score
-        score = sum(shares.values()) / len(shares)
+    score = sum(shares.values()) / len(shares) if shares else score  # over tags, not images: GenEval's overall score
     cells = [(shown[row], f"{scores[row, 0]:.2f}  {prompts[row // copies].text}") for row in sorted(shown)]
     return {"eval_reward": value, "eval_exact" if settings.task == "ocr" else "eval_score": score, **shares}, cells
 
@@ -1270,8 +1265,8 @@ def save_checkpoint(folder, done, optimizer, metrics):
     """<folder>/<iterations done>.safetensors: masters, moments, and metrics.jsonl so far in its header. When it stands,
     all go but it and the one before: also later ones, which did not load, or the run had been resumed from there."""
     folder.mkdir(exist_ok=True)
-    state = {"metrics": metrics}
-    write_aside(folder / f"{done:06d}.safetensors", lambda part: save_file(optimizer.state(), part, state))
+    target = folder / f"{done:06d}.safetensors"
+    write_aside(target, lambda part: save_file(optimizer.state(), part, {"metrics": metrics}))
     found = checkpoints(folder.parent)
     for number in found.keys() - [number for number in found if number <= done][:2]:
         found[number].unlink()
@@ -1321,9 +1316,8 @@ def pick_prompts(prompts, settings, iteration):
 
 def train(settings):
     """From two prompt files to a trained model and a table of what it gained. Returns the exit status."""
-    device, out = "cpu", Path(settings.out)
-    if settings.model != "tiny" and torch.cuda.is_available():  # tiny is made for the CPU
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cuda = settings.model != "tiny" and torch.cuda.is_available()  # tiny is made for the CPU
+    device, out = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu", Path(settings.out)
     prompts = [load_prompts(path, settings.task) for path in (settings.train_prompts, settings.test_prompts)]
     reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     policy, lock = load_policy(settings, device), FileLock(out / "lock")
@@ -1362,8 +1356,8 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings):
         run.write("checkpoints", save_checkpoint, 0, optimizer, run.metrics)
     lines = [json.loads(line) for line in run.metrics.splitlines()]
     before, *_, after = [line for line in [*lines, *lines] if "eval_reward" in line]
-    todo, quiet = range(max(run.done, 0) + 1, last + 1), process_rank()[0] > 0
-    bar = tqdm(todo, f"{settings.method} {settings.task}", total=last, initial=todo.start - 1, disable=quiet)
+    todo, name = range(max(run.done, 0) + 1, last + 1), f"{settings.method} {settings.task}"
+    bar = tqdm(todo, name, total=last, initial=todo.start - 1, disable=process_rank()[0] > 0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: signals.append(n) or os.write(2, b"\nfinishing this iteration\n"))
     for iteration in bar:

@@ -391,7 +391,7 @@ def test_region_ratio_against_a_loop():
     assert stats["allocation_max"].item() == pytest.approx(allocation.amax(1).mean().item())
     top = allocation.sort(1).values[:, -2:].sum(1) / 16  # a tenth of 16 regions is two
     assert stats["allocation_top10"].item() == pytest.approx(top.mean().item())
-    uniform = star.star_objective(log_prob, old, advantages, torch.ones(3, 16), 1e-4)[1]
+    uniform = star.star_objective(log_prob, old, advantages, torch.ones(3, 16), 1e-4, "region")[1]
     assert uniform["allocation_entropy"].item() == pytest.approx(1) and stats["allocation_entropy"] < 1
 
 
@@ -399,7 +399,8 @@ def test_region_ratio_against_a_loop():
 def test_clipping_stops_the_gradient_on_the_right_side_region_by_region(advantage):
     eps = 1e-4 * math.sqrt(4)
     log_prob = torch.tensor([[2 * eps, -2 * eps, 0.5 * eps, -0.5 * eps]], requires_grad=True)
-    star.star_objective(log_prob, torch.zeros(1, 4), torch.tensor([advantage]), torch.ones(1, 4), 1e-4)[0].backward()
+    given = torch.zeros(1, 4), torch.tensor([advantage]), torch.ones(1, 4), 1e-4
+    star.star_objective(log_prob, *given, ratio="region")[0].backward()
     # far enough in the direction the advantage asks for: stop; far on the wrong side: come back; inside: go on
     moves = [False, True, True, True] if advantage > 0 else [True, False, True, True]
     assert (log_prob.grad != 0).tolist()[0] == moves
@@ -429,7 +430,8 @@ def test_equal_step_weights_take_out_the_maps_own_norm_image_by_image():
         old=log_prob[None].detach(), advantages=torch.ones(2), allocation=maps[None], each=torch.arange(2)
     )  # fmt: skip
     for weighting in ("equal", "none"):
-        loss, _ = star.objective(log_prob, rollout, torch.tensor([0, 0]), dataclasses.replace(settings, step_weights=weighting))
+        chosen = dataclasses.replace(settings, step_weights=weighting)
+        loss, _ = star.objective(log_prob, rollout, torch.tensor([0, 0]), chosen)
         (gradient,) = torch.autograd.grad(loss, velocity, retain_graph=True)
         norms[weighting] = gradient.flatten(1).norm(dim=1).tolist()
     assert maps.max() > 3 and norms["equal"] == pytest.approx([norms["none"][0]] * 2, rel=1e-5)
@@ -731,17 +733,21 @@ def test_kl_is_zero_at_the_reference_and_holds_the_model_back(mini, monkeypatch)
 
 
 @pytest.mark.parametrize("arguments", ["", "--ratio image", "--method flow-grpo", "--method fdfo --churn 0.3 --guidance 2"])
-def test_every_method_raises_a_simple_reward(mini, arguments):
-    """A random model, six iterations, the images' brightness as reward; judged before and after on the same noise."""
-    policy, settings = mini(f"{arguments} --group-size 8 --batch-size 8 --clip-range 0.03")
-    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-3 if settings.fdfo else 3e-3)
-    judge = lambda: star.evaluate(policy, PROMPTS * 8, brightness, settings)[0]["eval_reward"]
-    before = judge()
-    for iteration in range(1, 7):
-        metrics = star.train_iteration(policy, None, optimizer, PROMPTS, brightness, settings, iteration)
-        assert metrics["ratio_deviation"] == 0
+def test_every_method_learns_to_make_images_brighter_or_darker(mini, arguments):
+    """A random model, four iterations on the images' brightness, and on its opposite, judged on the same noise: the two
+    come apart by more than half the spread between images."""
+    ends = []
+    for sign in (1, -1):
+        policy, settings = mini(f"{arguments} --group-size 8 --batch-size 8 --clip-range 0.5")
+        optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-2)
+        for iteration in range(1, 5):
+            reward = lambda images, prompts: sign * brightness(images, prompts)
+            metrics = star.train_iteration(policy, None, optimizer, PROMPTS, reward, settings, iteration)
+            assert metrics["ratio_deviation"] == 0
+        _, cells = star.evaluate(policy, PROMPTS * 8, brightness, settings)
+        ends.append(torch.stack([image.float().mean() for image, _ in cells]))
     assert ("allocation_entropy" in metrics) == (settings.method == "star")
-    assert judge() > before + 0.002  # half the spread between images
+    assert ends[0].mean() > ends[1].mean() + 0.5 * ends[1].std()
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
@@ -806,5 +812,382 @@ def test_checkpointing_and_the_host_optimizer_change_nothing(mini):
         iterate(policy, settings, device=device)
         after.append(policy.transformer.state_dict())
     assert all(torch.equal(value, after[1][name]) for name, value in after[0].items())
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def test_edit_distance_and_ocr_score():
+    pairs = (("kitten", "sitting"), ("", "abc"), ("abc", "abc"), ("ab", "ba"))
+    assert [star.edit_distance(*pair) for pair in pairs] == [3, 3, 0, 2]
+    assert star.ocr_score("the CAT sat", "cat") == (1, False)  # Flow-GRPO's reward: a substring will do; exact: not
+    assert star.ocr_score("C A T", "cat") == (1, True)  # white space and case do not count
+    assert star.ocr_score("ＣＡＴ", "CAT") == (1, True)  # full-width letters, as the engine now and then reads
+    assert star.ocr_score("CAR", "CAT") == (pytest.approx(2 / 3), False)
+    assert star.ocr_score("", "CAT") == (0, False) and star.ocr_score("completely different", "CAT") == (0, False)
+
+
+def test_the_ocr_engine_reads_a_sign_and_a_second_word_is_not_exact():
+    images = []
+    for text in ("CAT", "CAT\nDOG", "SUN", ""):
+        picture = Image.new("RGB", (160, 160), "white")
+        ImageDraw.Draw(picture).text((20, 20), text, fill="black", font=ImageFont.load_default(size=48))
+        images.append(torch.tensor(list(picture.tobytes()), dtype=torch.uint8).view(160, 160, 3).permute(2, 0, 1))
+    scores = star.make_reward(star.Settings(task="ocr"), "cpu")(torch.stack(images), PROMPTS[:1] * 4)
+    assert scores.tolist() == [[1, 1], [1, 0], [0, 0], [0, 0]]
+
+
+def box(left, top, size=10):
+    return (left, top, left + size, top + size)
+
+
+def geneval(tag, *include, **more):
+    clauses = [dict(zip(("class", "count"), clause[:2]), **clause[2]) for clause in include]
+    return {"tag": tag, "include": clauses, **more}
+
+
+DOG, TWO_DOGS = ("dog", 1, {}), ("dog", 2, {})
+RED_DOG, BLUE_CAT = ("dog", 1, {"color": "red"}), ("cat", 1, {"color": "blue"})
+TWO_RED_DOGS = ("dog", 2, {"color": "red"})
+CAT_LEFT = ("cat", 1, {"position": ["left of", 0]})  # ... of the dog
+COUNT_TWO = geneval("counting", TWO_DOGS, exclude=[{"class": "dog", "count": 3}])
+
+
+@pytest.mark.parametrize(
+    "metadata, found, reward, correct",
+    [  # found: (class, left, colour, score)
+        (geneval("single_object", DOG), [("dog", 0, None, 0.5)], 1, True),
+        (geneval("single_object", DOG), [("cat", 0, None, 0.5)], 0, False),
+        (geneval("single_object", DOG), [("dog", 0, None, 0.3)], 0, False),  # not surer than 0.3
+        (geneval("single_object", DOG), [("dog", 0, None, 0.5)] * 2, 0, True),  # one too many: the benchmark allows it
+        (geneval("two_object", DOG, ("cat", 1, {})), [("dog", 0, None, 0.5)], 0.5, False),
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 2, 1, True),
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 3, 0.5, False),  # excluded by the benchmark
+        (COUNT_TWO, [("dog", 0, None, 0.95)] * 5, 0, False),  # never below 0
+        (COUNT_TWO, [("dog", 0, None, 0.95), ("dog", 9, None, 0.9)], 0.5, False),  # counting wants more than 0.9
+        (geneval("counting", ("dog", 16, {})), [("dog", 0, None, 0.95)] * 20, 1, True),  # 16 objects at most
+        (geneval("colors", RED_DOG), [("dog", 0, "red", 0.5)], 1, True),
+        (geneval("colors", RED_DOG), [("dog", 0, "blue", 0.6), ("dog", 9, "red", 0.5)], 1, False),  # the surest is blue
+        (geneval("colors", TWO_RED_DOGS), [("dog", 0, "red", 0.5), ("dog", 0, "blue", 0.5)], 0.5, False),
+        (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "red", 0.5), ("cat", 0, "blue", 0.5)], 1, True),
+        (geneval("color_attr", RED_DOG, BLUE_CAT), [("dog", 0, "blue", 0.5), ("cat", 0, "blue", 0.5)], 0.5, False),
+        (geneval("position", DOG, CAT_LEFT), [("dog", 40, None, 0.5), ("cat", 0, None, 0.5)], 1, True),
+        (geneval("position", DOG, CAT_LEFT), [("dog", 0, None, 0.5), ("cat", 40, None, 0.5)], 0.5, False),
+        (geneval("position", DOG, CAT_LEFT), [("cat", 0, None, 0.5)], 0, False),  # of no dog
+        (geneval("position", DOG, CAT_LEFT), [("dog", 40, None, 0.5)], 0.5, False),
+    ],
+)  # fmt: skip
+def test_geneval_reward_and_verdict(metadata, found, reward, correct):
+    detections = {}
+    for name, left, colour, score in found:
+        detections.setdefault(name, []).append((box(left, 0), score, colour))
+    assert star.geneval_scores(metadata, detections) == (pytest.approx(reward), correct)
+
+
+def test_geneval_relations():
+    cases = [((40, 0), {"left of"}), ((0, 40), {"above"}), ((40, 40), {"left of", "above"}), ((0, 0), set()),
+             ((-40, 0), {"right of"}), ((0, -40), {"below"}),
+             # two boxes of 10 px: 2 px of the offset are taken off, the rest must be more than half the distance
+             ((4, 0), set()), ((4.1, 0), {"left of"}),
+             ((30, 40), {"left of", "above"}), ((20, 40), {"above"})]  # 28 and 38 of 50; 18 and 38 of 44.7  # fmt: skip
+    for place, words in cases:
+        assert star.relations(box(50, 50), box(50 + place[0], 50 + place[1])) == words
+
+
+def save_clip(path):
+    """A random CLIP with its processor, as transformers saves them."""
+    import transformers
+
+    tokenizer = clip_tokenizer()
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=24, **size, **special)
+    vision = dict(image_size=16, patch_size=8, **size)
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(path)
+    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transformers.CLIPProcessor(pixels, tokenizer).save_pretrained(path)
+
+
+def save_detector(path, labels=("dog", "cat", "tvmonitor")):
+    """A random Mask2Former which takes everything for its first label, with its processor."""
+    import transformers
+
+    backbone = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2,
+        encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_queries=10,
+        id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Mask2FormerForUniversalSegmentation(config)
+    torch.nn.init.zeros_(model.class_predictor.weight)
+    torch.nn.init.constant_(model.class_predictor.bias[:1], 20)
+    model.save_pretrained(path)
+    transformers.Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def reward_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    save_detector(folder / "detector")
+    save_clip(folder / "clip")
+    return folder
+
+
+def task_reward(task, folder):
+    return star.make_reward(star.Settings(task=task, reward_model=str(folder)), "cpu")
+
+
+def test_geneval_from_a_checkpoint_to_scores(reward_models):
+    reward = task_reward("geneval", reward_models)
+    clauses = [{"class": "dog", "count": 10, "color": colour} for colour in star.GENEVAL_COLOURS]
+    clauses += [{"class": "dog", "count": 10}, {"class": "tv", "count": 1}, {"class": "dog", "count": 1}]
+    prompts = [star.Prompt("", {"tag": "colors", "include": [clause]}) for clause in clauses]
+    images = (rand(1, 3, 64, 64) * 256).to(torch.uint8).expand(len(prompts), -1, -1, -1)
+    scores = reward(images, prompts)
+    *painted, dogs, screen, one_dog = scores.tolist()
+    assert scores.shape == (13, 2) and scores.min() >= 0 and scores.max() <= 1
+    assert dogs[0] > 0.5 and screen == [0, 0] and one_dog == [0, 1]
+    assert sum(score for score, _ in painted) == pytest.approx(dogs[0])  # every dog has one of the ten colours
+    assert torch.equal(reward(images[:1], prompts[-1:]), scores[-1:])  # an image alone is scored as among others
+    assert reward.names == {0: "dog", 1: "cat", 2: "tv"}  # by GenEval's names
+
+
+def test_pickscore_from_a_checkpoint_to_scores(reward_models):
+    import transformers
+
+    folder, images = reward_models / "clip", (rand(3, 3, 64, 64) * 256).to(torch.uint8)
+    prompts = [star.Prompt(text) for text in ("a cat", "a much longer prompt: two dogs", "b")]
+    scores = task_reward("pickscore", folder)(images, prompts)
+    model, processor = (cls.from_pretrained(folder) for cls in (transformers.CLIPModel, transformers.CLIPProcessor))
+    for image, prompt, (training, score) in zip(images, prompts, scores.tolist()):
+        output = model(**processor(images=image, text=prompt.text, return_tensors="pt", truncation=True, max_length=24))
+        cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds).item()
+        assert score == pytest.approx(model.logit_scale.exp().item() * cosine, rel=1e-4)
+        assert training == pytest.approx(score / 26, rel=1e-6)
+    assert len(set(scores[:, 0].tolist())) == 3
+
+
+def test_reward_weights_that_are_not_what_they_should_be(reward_models, tmp_path):
+    """Missing, with a weight left out, cut off, pickled, of other classes: one line each."""
+
+    def refuse(task, folder, message):
+        with pytest.raises(star.BadInput, match=message) as error:
+            task_reward(task, folder)
+        assert "\n" not in str(error.value)
+
+    refuse("pickscore", tmp_path / "none", "none cannot be loaded.*hf download")
+    shutil.copytree(reward_models, tmp_path / "copy")
+    weights = tmp_path / "copy/clip/model.safetensors"
+    part = load_file(weights)
+    del part["visual_projection.weight"]
+    save_file(part, weights, metadata={"format": "pt"})
+    refuse("geneval", tmp_path / "copy", "it is no CLIPModel: 1 weights are missing")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse("geneval", tmp_path / "copy", "clip cannot be loaded")
+    torch.save(part, weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    refuse("pickscore", tmp_path / "copy/clip", "cannot be loaded.*safetensors")
+    shutil.copytree(reward_models / "clip", tmp_path / "copy/clip", dirs_exist_ok=True)
+    save_detector(tmp_path / "copy/detector", ["wolf"])
+    refuse("geneval", tmp_path / "copy", "knows none of GenEval's classes")
+
+
+def test_a_missing_reward_costs_its_image_and_many_stop_the_run(capsys):
+    """One raises, one is NaN: 2 of 10 are left out with the cause; a third is more than a fifth, and ends the run."""
+    rows, why = torch.arange(10).split(5), {1: KeyError("no box"), 7: None}
+    samples, settings = [(SimpleNamespace(rows=part), part) for part in rows], star.parse_settings(["--model", "tiny"])
+
+    def reward(images, prompts):
+        row = int(images[0])
+        return fail(why[row]) if why.get(row) else torch.tensor([[math.nan if row in why else row / 10, 1.0]])
+
+    rollouts, shown, scores = star.reward_all(iter(samples), PROMPTS, 5, reward, settings)
+    assert len(rollouts) == 2 and sorted(shown) == list(range(10))
+    assert scores[:, 0].isnan().nonzero().flatten().tolist() == [1, 7] and scores[9, 0].item() == pytest.approx(0.9)
+    assert "failed for 2 of 10 images: KeyError: 'no box'" in capsys.readouterr().out
+    why[8] = OSError("engine gone")
+    with pytest.raises(star.RunStopped, match="failed for 3 of 10 images: OSError: engine gone"):
+        star.reward_all(iter(samples), PROMPTS, 5, reward, settings)
+
+
+def test_evaluations_columns_by_task(mini, monkeypatch):
+    policy, settings = mini()
+
+    def columns(task, scores, prompts):
+        rewarded = [], {row: None for row in range(len(scores))}, torch.tensor(scores)
+        monkeypatch.setattr(star, "reward_all", lambda *_: rewarded)
+        return star.evaluate(policy, prompts, None, dataclasses.replace(settings, task=task))[0]
+
+    missing = [[1.0, 1.0], [0.5, 0.0], [math.nan, math.nan]]
+    assert columns("ocr", missing, [*PROMPTS, PROMPTS[0]]) == {"eval_reward": 0.75, "eval_exact": 0.5}
+    assert columns("pickscore", [[0.5, 13.0], [1.0, 26.0]], PROMPTS) == {"eval_reward": 0.75, "eval_score": 19.5}
+    prompts = [star.Prompt("", {"tag": tag}) for tag in ("counting", "counting", "colors")]
+    verdicts = [[0.5, right] for right in (1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0)]  # four images a prompt
+    assert columns("geneval", verdicts, prompts) == {  # the mean over tags, not over images
+        "eval_reward": 0.5, "eval_score": (0.125 + 0.75) / 2, "eval_counting": 0.125, "eval_colors": 0.75,
+    }  # fmt: skip
+
+
+# --- prompts, settings, README ----------------------------------------------------------------------------------------
+
+
+def test_shipped_prompts_load_and_train_and_test_are_disjoint():
+    folders = {str(path.parent.relative_to(ROOT / "prompts")): path.parent for path in ROOT.glob("prompts/**/train.*")}
+    assert folders.keys() >= {"tiny/ocr", "ocr", "geneval", "pickscore"}
+    for folder in folders.values():
+        suffix = "jsonl" if folder.name == "geneval" else "txt"
+        splits = [star.load_prompts(folder / f"{split}.{suffix}", folder.name) for split in ("train", "test")]
+        train, test = ({prompt.text for prompt in prompts} for prompts in splits)
+        assert not train & test
+        if folder.name == "ocr":
+            words = lambda texts: {star.normalise_text(text[slice(*star.quoted_span(text))]) for text in texts}
+            assert not words(train) & words(test)
+        if folder.name == "geneval":
+            clauses = [c for p in sum(splits, []) for c in p.metadata["include"] + p.metadata.get("exclude", [])]
+            known = set(star.geneval_classes().values())
+            assert len(known) == 80 and {clause["class"] for clause in clauses} <= known
+    subprocess.run([sys.executable, ROOT / "prompts/make_prompts.py", "--check"], check=True)  # writes what is shipped
+
+
+DOG_LINE = {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}
+
+
+@pytest.mark.parametrize(
+    "content, task, message",
+    [
+        (None, "ocr", "No such file"),
+        (b"", "ocr", "holds no prompts"),
+        (b'a "CAT"\n\xff\xfe\n', "ocr", "utf-8"),
+        (b'a "CAT"\nno quotes\n', "ocr", "line 2.*double quotes"),
+        (b"a dog\n", "geneval", "line 1"),
+        (b"[1]\n", "geneval", "line 1"),
+        *((json.dumps(DOG_LINE | bad).encode(), "geneval", f"line 1: .*{message}") for bad, message in [
+            ({"tag": "colours"}, "colours"),
+            ({"include": []}, ""),
+            ({"include": [{"class": "remote", "count": 1}]}, "'remote'"),
+            ({"include": [{"class": "dog"}]}, "count"),
+            ({"include": [{"class": "dog", "count": 0}]}, "'count': 0"),
+            ({"include": [{"class": "dog", "count": 1, "color": "grey"}]}, "'grey'"),
+            ({"include": [{"class": "dog", "count": 1, "position": ["near", 0]}]}, "'near'"),
+            ({"include": [{"class": "dog", "count": 1, "position": ["above", 2]}]}, ""),
+            ({"exclude": [{"class": "wolf", "count": 1}]}, "'wolf'"),
+        ]),
+    ],
+)  # fmt: skip
+def test_bad_prompt_files(tmp_path, content, task, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(star.BadInput, match=f"prompts.txt.*{message}") as error:
+        star.load_prompts(path, task)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--task poetry", "--task: invalid choice: 'poetry'"),
+        ("--sde-window 0", "--sde-window 0: must lie in [1, "),
+        ("--sde-window 10", "--sde-window 10: must lie in [1, 9]"),
+        ("--sampling-steps 5 --sde-window 5", "--sde-window 5: must lie in [1, 4]"),
+        ("--ratio other", "--ratio: invalid choice: 'other'"),
+        ("--method flow-grpo --ratio image", "--ratio belongs to --method "),
+        ("--method fdfo --ratio region", "--ratio belongs to --method "),
+        ("--method fdfo --sde-window 4", "--sde-window belongs to --method "),
+        ("--method flow-grpo --allocation-strength 0.5", "--allocation-strength belongs to --method "),
+        ("--method fdfo --kl 0.01", "--kl belongs to --method "),
+        ("--churn 0.01", "--churn belongs to --method "),
+        ("--method fdfo --churn 0", "--churn 0.0: must lie in"),
+        ("--method fdfo --group-size 3 --batch-size 8", "must be even"),
+        ("--method fdfo --group-size 6 --batch-size 3", "must be even"),
+        ("--method fdfo --optimizer-steps 11", "--optimizer-steps may be at most --sampling-steps"),
+        ("--learning-rate nan", "--learning-rate nan: must lie in"),
+        ("--group-size 1", "--group-size 1: must lie in [2, "),
+        ("--group-size many", "--group-size: invalid int value: 'many'"),
+        ("--batch-size 48", "do not split into 2 shares"),
+        ("--save-every 0", "--save-every 0"),
+        ("--no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
+        ("--attention-blocks 99", "--attention-blocks 99: there are 0.."),
+        ("--attention-blocks middle", "--attention-blocks: write it as"),
+        ("--resolution 50", "--resolution 50: must be a multiple of 16"),
+        ("--resolution 4096", "--resolution 4096: the model knows up to"),
+        ("--model no/such/folder", "--model no/such/folder: "),
+        ("--transformer no/such/run", "--transformer no/such/run: "),
+        ("--train-prompts missing.txt", "prompt file missing.txt: "),
+        ("--reward-model clip", "--reward-model: the ocr reward takes none"),
+        ("--task pickscore --model sd3 --reward-model {used}", "cannot be loaded"),
+        ("--out /dev/null/run", "--out /dev/null/run: "),
+        ("--out {used}", "holds another run"),
+        ("--resume --out {used}", "--resume: there is no run in "),
+        ("--resume --out no/such/run", "--resume: there is no run in no/such/run"),
+    ],
+)
+def test_bad_settings_end_with_one_line_and_status_2_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(star, "train_policy", lambda *_: pytest.fail("work had begun"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: fail(OSError("offline")))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/config.json").write_text("{}")
+    arguments = arguments.format(used=tmp_path / "used").split()
+    arguments += [] if "--model" in arguments or "--resume" in arguments else ["--model", "tiny"]
+    arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["star.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        star.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("star.py: error: ") and message in last
+
+
+def test_the_command_helps_and_fails_as_a_process():
+    command = lambda *arguments: [sys.executable, "star.py", *arguments]
+    run = lambda *arguments: subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    told, bad = run("--help"), run("--model", "tiny", "--sde-window", "10")
+    assert {star.flag(name) for name in star.FIELDS} <= set(re.findall(r"--[a-z0-9-]+", told.stdout))
+    assert (told.returncode, told.stderr, bad.returncode, bad.stdout) == (0, "", 2, "")
+    assert bad.stderr.startswith("star.py: error: --sde-window 10") and bad.stderr.count("\n") == 1
+
+
+def test_settings_are_merged_by_task_model_method_and_command_line():
+    parse, presets = lambda arguments: star.parse_settings(arguments.split()), star.PRESETS
+    assert parse("--model x --task pickscore").kl == presets["pickscore"]["kl"] != parse("--model x").kl
+    assert parse("--model tiny --task pickscore").kl == presets["tiny"]["kl"]  # the model's over the task's
+    assert parse("--model tiny --method fdfo").learning_rate == presets["tiny fdfo"]["learning_rate"]
+    assert parse("--model tiny --method fdfo --learning-rate 0.5").learning_rate == 0.5
+    assert {name for preset in presets.values() for name in preset} <= star.FIELDS.keys()
+
+
+def test_every_setting_is_read():
+    source = (ROOT / "star.py").read_text()
+    properties = source.split("    @property", 1)[1].split("\nFIELDS", 1)[0]
+    for name in star.FIELDS:
+        read = re.search(rf"\bsettings\.{name}\b", source) or re.search(rf"self\.{name}\b", properties)
+        assert read, f"{star.flag(name)} is never read"
+
+
+def test_the_readme_names_only_flags_and_functions_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", readme))
+    assert flags and flags <= {star.flag(name) for name in star.FIELDS} | {"--help", "--nproc-per-node"}
+    section = lambda title: readme.split(f"\n## {title}")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d\. .*?  +([a-z_]+(?:, [a-z_]+)*)$", section("The method in five steps"), re.MULTILINE)
+    assert len(steps) == 5  # each names its functions
+    names = set(", ".join(steps).split(", "))
+    for title in ("The method in five steps", "FDFO", "Change it"):
+        names |= set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", section(title)))
+    assert len(names) >= 12 and all(callable(getattr(star, name, None)) for name in names), names
+
+
+def test_the_readmes_own_reward_works_as_printed(mini):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"torch": torch}
+    exec(block, names)
+    (name,) = re.findall(r"^def (\w+)\(images, prompts\)", block, re.MULTILINE)
+    metrics = iterate(*mini(), reward=names[name])
+    assert metrics["gradient_norm"] > 0 and metrics["dropped"] == 0
 
 
