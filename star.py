@@ -1139,7 +1139,7 @@ def save_sheet(path, cells, columns=8, side=192):
         text = textwrap.fill(caption, side // 7, max_lines=3, placeholder="...")
         ImageDraw.Draw(pictures[-1]).text((4, side + 6), text, "black", font)
     pictures += [Image.new("RGB", pictures[0].size, "white")] * (-len(pictures) % columns)
-    make_image_grid(pictures, len(pictures) // columns, columns).save(path, "PNG")
+    make_image_grid(pictures, len(pictures) // columns, columns).save(path)
 
 def heat(image, allocation):
     """An image [3, h, w] uint8 under its map [P]: as bright as M is large, full where it is largest."""
