@@ -4,7 +4,7 @@ STAR (SpatioTemporal Adaptive Reward Allocation, arXiv 2606.17979) takes the usu
 and applies it more strongly where the model's own text-image attention finds the prompt's core content, with a map for
 every denoising step of every rollout. Five steps, each a function below, and a loop that calls them: train_iteration.
 
-  1. Sample groups of images with an SDE; each step is a Gaussian action.              sde_mean_std, token_log_prob
+  1. Sample groups of images with an SDE; each of its steps is a Gaussian action.      sde_mean_std, token_log_prob
   2. On the way, read the attention of every region to the core of the prompt.         core_spans, capture_attention
   3. Make it an allocation map of mean 1, for every step and rollout.                  allocation_map
   4. Compare each image's reward with its group's.                                     group_advantages
@@ -67,7 +67,7 @@ from tqdm import tqdm
 #   M      allocation     [B, P]         allocation map: >= 0, mean over P exactly 1
 #   A      advantages     [B]            group-relative advantage
 #   l_p    log_prob       [B, P]         per-token mean of the Gaussian log-density of the step taken
-#   rho_p  ratio          [B, P]         exp(l_p - l_p_old)
+#   rho_p  ratio          [B, P]         of the step's density, new over old: --ratio says of what
 #
 # One step of SD3.5 Medium at 512 px, in shapes:
 #
@@ -124,8 +124,8 @@ def step_weights(sigmas, noise_level, window):
     last ones would dominate every update, whatever they have to say (ours; TempFlow-GRPO and GRPO-Guard reweight for
     the same reason). sigmas: the sampler's grid, T + 1 floats from 1 to 0, of which `window` steps are trained.
     """
-    zero, one = torch.zeros(()), torch.ones(())
-    steps = [sde_mean_std(zero, one, *pair, sigmas[1], noise_level) for pair in pairwise(sigmas[: window + 1])]
+    pairs, zero, one = pairwise(sigmas[: window + 1]), torch.zeros(1), torch.ones(1)
+    steps = [sde_mean_std(zero, one, *pair, sigmas[1], noise_level) for pair in pairs]
     weights = [std / abs(gain.item()) for gain, std in steps]  # the mean is linear in v
     return [weight * window / sum(weights) for weight in weights]
 
@@ -283,17 +283,17 @@ def group_advantages(rewards, group_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The "spatially resolved policy objective", and the scalar baseline it reduces to.
 #
-# At theta = theta_old every ratio is 1 and nothing is clipped, so an image's gradient is
+# At theta = theta_old every ratio is 1 and nothing is clipped, so the gradient of an image's loss is
 #     -sum_p M_p A grad l_p / P.
-# That line is all of STAR: Flow-GRPO's has A alone. What follows bounds how far one sampling round may carry it. As
-# M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic min clips each region on the side that A says, and
-# M only scales it. What is compared with the clip range is --ratio's choice:
-#   region  rho_p = exp(l_p - l_p_old), each region's own. A mean over the 64 numbers of a region spreads wider than one
-#           over all 64 P, by sqrt(P) were they independent, and the range is widened by that. They are not: most of a
-#           log-ratio is drift that the regions share. (BoxFlow-GRPO, arXiv 2606.06113, takes it with the range as is.)
+# That line is all of STAR: Flow-GRPO's has A alone (--step-weights equal scales it, by w_t / rms M). What follows
+# bounds how far one sampling round may carry it. As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic
+# min clips each region on the side that A says, and M only scales it. The clip range meets what --ratio says:
 #   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient. Flow-GRPO's ratio in
-#           value, in Flow-GRPO's clip range, with a gradient for each region: sum_p M_p A r grad l_p / P where the
-#           image is not clipped, 0 where it is; M = 1 *is* Flow-GRPO. (DenseFlow-GRPO's form.)
+#           value, in Flow-GRPO's clip range, with a gradient for each region: -sum_p M_p A r grad l_p / P where the
+#           image is not clipped, 0 where it is; M = 1 *is* Flow-GRPO. (The default; DenseFlow-GRPO's form.)
+#   region  rho_p = exp(l_p - l_p_old), each region's own. A mean over 64 numbers spreads wider than one over 64 P, so
+#           the range is widened by sqrt(P): right for independent regions, generous where they drift together.
+#           (BoxFlow-GRPO, arXiv 2606.06113, takes it with the range as it is.)
 
 @torch.no_grad()
 def ratio_stats(log_ratio, clip_range):
@@ -308,7 +308,7 @@ def ratio_stats(log_ratio, clip_range):
     }
 
 def clipped_objective(log_ratio, advantages, clip_range):
-    """PPO's -min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise, and the statistics of rho. Shapes broadcast."""
+    """The mean of PPO's -min(rho A, clip(rho, 1 - eps, 1 + eps) A), and statistics of rho. Shapes broadcast."""
     ratio = log_ratio.exp()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
     return loss.mean(), ratio_stats(log_ratio, clip_range)
@@ -349,7 +349,7 @@ def kl_to_reference(mean, reference_mean, std, dt):
     """KL of the step from the reference policy's: mean of (mean - reference_mean)^2 / (2 std_dev^2), Flow-GRPO's form.
 
     mean, reference_mean [B, C, H, W]; std and dt as of sde_mean_std. std_dev = std / sqrt(-dt) leaves sqrt(-dt) out, as
-    Flow-GRPO does, so that its weights (0.04 ocr and geneval, 0.01 pickscore) carry over. Returns a scalar.
+    Flow-GRPO does, so that its weights (0.04 ocr and geneval, 0.01 pickscore) carry over, up to the step's. A scalar.
     """
     return ((mean - reference_mean.detach()) ** 2).mean() * (-dt) / (2 * std**2)
 
@@ -412,26 +412,26 @@ def fdfo_objective(velocity, old_velocity, reward_difference, direction, clip_ra
     return (penalty - reward_difference * ratio).mean(), ratio_stats(log_ratio, clip_range)
 
 # ======================================================================================================================
-# The loop: sample, reward, compare, allocate, update. Its parts stand below it, in the order of their call.
+# The loop: sample, reward, compare, allocate, update. Its parts stand below it.
 
 def train_iteration(policy, reference, optimizer, prompts, reward, settings, iteration):
     """One iteration of STAR (or Flow-GRPO, or FDFO) on some prompts, as many as groups. reference: the frozen starting
     model, or None without KL. Returns one line of metrics.jsonl."""
     key, sigmas, began = (settings.seed, iteration), policy.sigmas(settings.sampling_steps), time.perf_counter()
     star, trained = settings.method == "star", settings.trained_steps
-    # 1. Sample groups of images (fdfo: pairs), each step an action; read the attention to the core on the way.
+    # 1, 2. Sample groups of images (fdfo: pairs); read the attention to the prompt's core on the way.
     samples = sample(policy, prompts, settings.group_size, settings, key, sigmas, trained, trained if star else 0)
-    # 2. Reward every final image, one microbatch while the next is sampled.
+    # Reward every final image, one microbatch while the next is sampled.
     rollouts, _, scores = reward_all(samples, prompts, settings.group_size, reward, settings)
     rewards, sampled = scores[:, 0], time.perf_counter()
-    # 3. Compare each image with its group (fdfo: with its twin).
+    # 4. Compare each image with its group (fdfo: with its twin).
     advantages = group_advantages(rewards, settings.group_size)
     for rollout in rollouts:
         rollout.advantages = advantages[rollout.rows].to(policy.device)
         if settings.fdfo:
             pairs = rewards[rollout.rows].to(policy.device)
             rollout.advantages, rollout.direction = fdfo_direction(rollout.latents[-1], pairs)
-        # 4. Allocate: every step of every rollout has a map of its own, of mean 1.
+        # 3. Allocate: every step of every rollout has a map of its own, of mean 1.
         if star:
             rollout.allocation = allocation_map(rollout.attention, settings.allocation_strength)
     # 5. Update: one pass over the rollouts, in a few optimizer steps.
@@ -443,7 +443,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     for number, work in enumerate(rounds):
         for rollout, steps in work:
             taken, mean, std = act(policy.transformer, rollout, steps, sigmas, settings)  # l_p [B, P]; fdfo: v
-            if number == 0:  # nothing has changed yet, so the old side is the new one, whatever the sampler's kernels
+            if number == 0:  # theta = theta_old, so l_p is l_p_old, and the ratio exactly 1
                 deviations.append(float(objective(taken.detach(), rollout, steps, settings)[1]["ratio_deviation"]))
                 rollout.old[steps, rollout.each] = taken.detach()
             loss, stats = objective(taken, rollout, steps, settings)
@@ -451,12 +451,12 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
                 with torch.no_grad():
                     reference_mean = act(reference, rollout, steps, sigmas, settings)[1]
                 i = int(steps[0])
-                stats["kl"] = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigmas[i])
-                loss = loss + settings.kl * stats["kl"]
+                kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigmas[i])
+                loss, stats["kl"] = loss + settings.kl * kl, kl.detach()
             (loss * weights[steps[0]] / share).backward()
             history.append({name: float(value) for name, value in stats.items()})
-        if number == 0 and max(deviations) > 0:  # other kernels than the sampler's: that must not pass for a ratio, so
-            for rollout, steps in sum(rounds[1:], []):  # before anything changes all old sides become the update's own
+        if number == 0 and (max(deviations) > 0 or not work):  # the sampler's kernels gave another l_p, which must not
+            for rollout, steps in sum(rounds[1:], []):  # pass for a ratio: the later rounds' old side is taken anew
                 rollout.old[steps, rollout.each] = act(policy.transformer, rollout, steps, sigmas, settings)[0].detach()
         norms.append(optimizer.step())
     metrics = summary(rewards, history, deviations, skipped, norms, optimizer)
@@ -504,7 +504,7 @@ def microbatches(count, settings, key=None):
     return rows.split(settings.batch_size)[rank::processes]
 
 def generator(*key):
-    """A CPU generator that is a function of its key (seed, iteration, prompt, sample) alone, never of history: its
+    """A CPU generator that is a function of its key (seed, iteration, prompt's place, copy) alone, not of history: its
     noise depends neither on the batches nor on what was drawn before, and a resume needs no state."""
     digest = blake2b(json.dumps(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -657,7 +657,7 @@ class Settings:
     train_prompts: str = setting("", "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work")
     test_prompts: str = setting("", "file, likewise; evaluated in order")
     seed: int = setting(0, "of everything random in the run")
-    out: str = setting("", "the run's folder, new or empty; by default runs/<task>-<model>-<method>-<time>", free=True)
+    out: str = setting("", "the run's folder; by default runs/<task>-<model>-<method>-<time>", free=True)
     save_every: int = setting(5, "iterations between checkpoints, besides the first and the last", 1, free=True)
     resume: bool = setting(False, "go on with the run in --out, or the one saved last, as it was set", free=True)
 
@@ -868,12 +868,12 @@ def load_policy(settings, device):
     return Policy(pipe, settings, device)
 
 # --- prompts and rewards: reward(images [B, 3, h, w] uint8, prompts: B of Prompt) -> [B, 2] ---------------------------
-# An image's first number is what training raises, the second its published score: ocr, is what was read the very word?
+# An image's first number is what training raises, the second is reported beside it: ocr, is the word all that was read?
 # geneval, the benchmark's verdict; pickscore, the undivided score. NaN says that there is none.
 
 GENEVAL_TAGS = "single_object two_object counting colors position color_attr".split()
 GENEVAL_COLOURS = "red orange yellow green blue purple pink brown black white".split()
-GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
+GENEVAL_RELATIONS = "left of,right of,above,below".split(",")
 
 @functools.cache
 def geneval_classes():
@@ -898,10 +898,10 @@ def load_prompts(path, task):
 def check_geneval(line):
     """GenEval's metadata of one prompt, as it is; whatever is wrong with it raises."""
     known = {*geneval_classes().values(), *GENEVAL_COLOURS, *GENEVAL_RELATIONS}
-    for clause in [*line["include"], *line.get("exclude", [])]:
-        relation, index = clause.get("position", ("above", 0))
+    for place, clause in enumerate([*line["include"], *line.get("exclude", [])]):
+        relation, index = clause.get("position", ("above", -1))  # of an earlier clause
         named = {clause["class"], clause.get("color", "red"), relation, line["include"][index]["class"]}
-        if named - known or line["tag"] not in GENEVAL_TAGS or clause["count"] < 1:
+        if named - known or line["tag"] not in GENEVAL_TAGS or clause["count"] < 1 or index >= place:
             raise ValueError(f"not GenEval's: {line['tag']}, {clause}")
     return line
 
@@ -1075,9 +1075,7 @@ def make_reward(settings, device):
     """The task's reward. One of your own is a function of the same form: return it here."""
     if settings.task == "ocr":
         return OCRReward()
-    own = f"{ROOT}/assets/tiny/rewards" + "/pickscore" * (settings.task == "pickscore")
-    folder = settings.reward_model or (own if settings.model == "tiny" else "")
-    return {"geneval": GenEvalReward, "pickscore": pickscore_reward}[settings.task](folder, device)
+    return {"geneval": GenEvalReward, "pickscore": pickscore_reward}[settings.task](settings.reward_model, device)
 
 def reward_all(samples, prompts, copies, reward, settings):
     """Reward sample()'s images in threads beside it, one at a time, so that one that fails costs only itself. Returns
@@ -1111,7 +1109,7 @@ EVALUATION = ("evaluation",)  # the key of evaluation's noise: the same images' 
 
 def evaluate(policy, prompts, reward, settings):
     """Images of the test prompts, one each (geneval: four, as the benchmark): deterministic sampler, fixed seeds.
-    Returns (columns of metrics.jsonl, cells for save_sheet). eval_score is the number that papers print."""
+    Returns (columns of metrics.jsonl, cells for save_sheet). Papers print eval_score, for ocr eval_reward."""
     copies = 4 if settings.task == "geneval" else 1
     samples = sample(policy, prompts, copies, settings, EVALUATION, policy.sigmas(settings.eval_steps))
     _, shown, scores = reward_all(samples, prompts, copies, reward, settings)
@@ -1223,7 +1221,7 @@ def write_aside(path, write):
     part = path.with_name(f"{path.name}.part")
     try:
         write(part)
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
@@ -1259,7 +1257,7 @@ class RunFolder:
 
 def checkpoints(folder):
     """{iterations done: path} of a run's checkpoints, the newest first. What is half-written has no such name."""
-    return {int(path.stem): path for path in sorted(folder.glob("checkpoints/*.safetensors"), reverse=True)}
+    return {int(path.stem): path for path in sorted(folder.glob("checkpoints/[0-9]*.safetensors"), reverse=True)}
 
 def save_checkpoint(folder, done, optimizer, metrics):
     """<folder>/<iterations done>.safetensors: masters, moments, and metrics.jsonl so far in its header. When it stands,
@@ -1330,7 +1328,7 @@ def train(settings):
     try:
         return train_policy(policy, *prompts, reward, settings)
     except (RunStopped, torch.OutOfMemoryError) as error:
-        lighter = "; --resume with --optimizer-device cpu, --gradient-checkpointing or a smaller --batch-size"
+        lighter = "; --optimizer-device cpu, --gradient-checkpointing or a smaller --batch-size takes less memory"
         newest, full = next(iter(checkpoints(out).values()), "none"), isinstance(error, torch.OutOfMemoryError)
         raise RunStopped(f"{first_line(error)}; the newest checkpoint: {newest}{lighter * full}") from error
     finally:
@@ -1340,7 +1338,8 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings):
     """Iterations until the last one or a signal, with evaluations and checkpoints on the way."""
     transformer, last, signals = policy.transformer, settings.iterations, []
     reference = copy.deepcopy(transformer).requires_grad_(False) if settings.kl > 0 and last > 0 else None
-    trained, host = transformer.parameters() if last > 0 else (), "cpu" if settings.optimizer_device == "cpu" else None
+    trained = transformer.parameters() if last > 0 or settings.resume else ()
+    host = "cpu" if settings.optimizer_device == "cpu" else None
     optimizer = MasterAdamW(trained, settings.learning_rate, host)
     run = RunFolder(settings, optimizer)
 

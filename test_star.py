@@ -79,11 +79,10 @@ def test_without_noise_both_steps_are_the_euler_step_of_diffusers_bitwise():
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         assert std == 0 and torch.equal(mean, latents) and torch.equal(churned, latents)
     assert not torch.equal(star.churn_step(latents, velocity, 0.8, 0.7, 0.01, noise), latents + (0.7 - 0.8) * velocity)
-    with pytest.raises(ValueError, match="go down"):
-        star.sde_mean_std(latents, velocity, 0.3, 0.5, 0.9, 0.7)
-    for bad in [(0.5, 0.6, 0.01), (0.6, 0.5, -0.01)]:
+    for step, *bad in ((star.sde_mean_std, 0.3, 0.5, 0.9, 0.7), (star.churn_step, 0.5, 0.6, 0.01, noise),
+                       (star.churn_step, 0.6, 0.5, -0.01, noise)):  # fmt: skip
         with pytest.raises(ValueError):
-            star.churn_step(latents, velocity, *bad, noise)
+            step(latents, velocity, *bad)
 
 def test_token_log_prob_is_the_gaussian_log_density_averaged_per_token():
     mean, std, x = randn(3, 16, 4, 6), 0.37, randn(3, 16, 4, 6, seed=1)
@@ -126,11 +125,9 @@ def sd3_transformer(**changes):
     """A small random SD3 transformer with SD3.5's parts: RMS-normed queries and keys, a dual-attention block."""
     from diffusers import SD3Transformer2DModel
 
-    config = dict(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
-        attention_head_dim=8, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
-        pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+    config = dict(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+                  attention_head_dim=8, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
+                  pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")  # fmt: skip
     torch.manual_seed(0)
     return SD3Transformer2DModel(**config | changes).eval()
 
@@ -182,7 +179,6 @@ def words_of(prompt, spans):
 def test_core_spans_of_ocr_and_pickscore_prompts():
     cases = {
         'a sign that says "CAT"': ["CAT"],
-        '"OPEN" at the start': ["OPEN"],
         'say "cat" to the cat, then "dog"': ["cat"],  # a repeated word: only the quoted one; the first pair of quotes
         'a café with "Crème brûlée" outside': ["Crème brûlée"],
         'curly “no” and "yes it\'s" straight': ["yes it's"],
@@ -236,9 +232,8 @@ def test_core_mask_covers_clip_and_t5_and_falls_back_when_truncated():
         ids = tokenizer(PROMPTS[0].text)["input_ids"]
         found += tokenizer.convert_ids_to_tokens([ids[i] for i in part.nonzero().flatten()])
     assert len(mask) == 24 + 12 and found == ["c", "a", "t</w>", "CA", "T"]
-    long = star.Prompt('a very long sentence about nothing much that only in the end says "CAT"')
     with pytest.warns(UserWarning, match="cut off before their core"):
-        mask = policy.core_mask([long])
+        mask = policy.core_mask([star.Prompt(f'{"a very long sentence " * 3} that only in the end says "CAT"')])
     assert mask.any() and not mask.all()
     policy.pipe.text_encoder_3 = None  # zeros stand in the text sequence where T5 would
     assert not policy.core_mask(PROMPTS[:1])[:, 24:].any()
@@ -446,7 +441,7 @@ def test_the_two_of_a_pair_share_their_noise_but_for_a_little():
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 def save_sd3(path):
-    """A whole Stable Diffusion 3 in miniature with random weights: two CLIPs, T5, and a VAE of 2 x 2 pixels a latent."""
+    """A whole Stable Diffusion 3 in miniature with random weights: two CLIPs, T5, a VAE of 2 x 2 pixels a latent."""
     import diffusers
     import transformers
 
@@ -658,16 +653,16 @@ def test_the_optimizer_starts_clean_and_adds_bf16_gradients_up_in_fp32():
 def test_the_usual_epsilon_freezes_a_model_of_tiny_gradients_and_ours_does_not():
     """Ten steps on gradients whose RMS is 1e-9, as a full-parameter model has them with mean log-densities: torch's own
     epsilon of 1e-8 leaves less than a tenth of the way that AdamW is meant to go."""
-    ways = {}
-    for eps in (None, 1e-8):
+    ways = []
+    for changes in ({}, {"eps": 1e-8}):
         weight = torch.nn.Parameter(torch.zeros(1000))
         optimizer = star.MasterAdamW([weight], 1e-3)
-        optimizer.optimizer.param_groups[0]["eps"] = eps or optimizer.optimizer.param_groups[0]["eps"]
+        optimizer.optimizer.param_groups[0].update(changes)
         for step in range(10):
             (weight * 1e-9 * (1 + 0.1 * randn(1000, seed=step))).sum().backward()
             optimizer.step()
-        ways[eps] = -weight.mean().item() / (10 * 1e-3)
-    assert ways[None] == pytest.approx(1, abs=0.05) and ways[1e-8] < 0.1
+        ways.append(-weight.mean().item() / (10 * 1e-3))
+    assert ways[0] == pytest.approx(1, abs=0.05) and ways[1] < 0.1
 
 def test_bf16_training_with_master_weights_tracks_fp32():
     """Fifty AdamW steps at lr 1e-6 of a transformer: in bf16 with fp32 masters it follows an fp32 run (measured: 2.1 %
@@ -775,10 +770,8 @@ def save_detector(path, labels=("dog", "cat", "tvmonitor")):
     """A random Mask2Former which takes everything for its first label, with its processor."""
     import transformers
 
-    backbone = transformers.SwinConfig(
-        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    size = dict(image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4)
+    backbone = transformers.SwinConfig(**size, out_features=[f"stage{number}" for number in range(1, 5)])
     config = transformers.Mask2FormerConfig(
         backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2,
         encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_queries=10,
@@ -814,19 +807,6 @@ def test_geneval_from_a_checkpoint_to_scores(reward_models):
     assert sum(score for score, _ in painted) == pytest.approx(dogs[0])  # every dog has one of the ten colours
     assert torch.equal(reward(images[:1], prompts[-1:]), scores[-1:])  # an image alone is scored as among others
     assert reward.names == {0: "dog", 1: "cat", 2: "tv"}  # by GenEval's names
-
-def test_pickscore_from_a_checkpoint_to_scores(reward_models):
-    import transformers
-
-    images, prompts = (rand(2, 3, 64, 64) * 256).to(torch.uint8), [star.Prompt("a cat"), star.Prompt("two longer dogs")]
-    scores = task_reward("pickscore", reward_models / "clip")(images, prompts)
-    model = transformers.CLIPModel.from_pretrained(reward_models / "clip")
-    processor = transformers.CLIPProcessor.from_pretrained(reward_models / "clip")
-    for image, prompt, (training, score) in zip(images, prompts, scores.tolist()):
-        output = model(**processor(images=image, text=prompt.text, return_tensors="pt"))
-        cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds).item()
-        assert score == pytest.approx(model.logit_scale.exp().item() * cosine, rel=1e-4)
-        assert training == pytest.approx(score / 26, rel=1e-6)
 
 def test_reward_weights_that_are_not_what_they_should_be(reward_models, tmp_path):
     """Missing, with a weight left out, cut off, of other classes: one line each."""
@@ -886,10 +866,6 @@ def test_shipped_prompts_load_and_train_and_test_are_disjoint():
         if folder.name == "ocr":
             words = lambda texts: {star.normalise_text(text[slice(*star.quoted_span(text))]) for text in texts}
             assert not words(train) & words(test)
-        if folder.name == "geneval":
-            clauses = [c for p in sum(splits, []) for c in p.metadata["include"] + p.metadata.get("exclude", [])]
-            known = set(star.geneval_classes().values())
-            assert len(known) == 80 and {clause["class"] for clause in clauses} <= known
     subprocess.run([sys.executable, ROOT / "prompts/make_prompts.py", "--check"], check=True)  # writes what is shipped
 
 DOG_LINE = {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}
@@ -902,7 +878,6 @@ DOG_LINE = {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "
         (b'a "CAT"\n\xff\xfe\n', "ocr", "utf-8"),
         (b'a "CAT"\nno quotes\n', "ocr", "line 2.*double quotes"),
         *((json.dumps(DOG_LINE | bad).encode(), "geneval", f"line 1: .*{message}") for bad, message in [
-            ({"tag": "colours"}, "colours"),
             ({"include": []}, ""),
             ({"include": [{"class": "remote", "count": 1}]}, "'remote'"),
             ({"include": [{"class": "dog", "count": 1, "color": "grey"}]}, "'grey'"),
@@ -926,7 +901,6 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--task poetry", "--task: invalid choice: 'poetry'"),
         ("--sde-window 0", "--sde-window 0: must lie in [1, "),
         ("--sde-window 10", "--sde-window 10: must lie in [1, 9]"),
-        ("--sampling-steps 5 --sde-window 5", "--sde-window 5: must lie in [1, 4]"),
         ("--ratio other", "--ratio: invalid choice: 'other'"),
         ("--method flow-grpo --ratio image", "--ratio belongs to --method "),
         ("--method fdfo --ratio region", "--ratio belongs to --method "),
@@ -934,7 +908,6 @@ def test_bad_prompt_files(tmp_path, content, task, message):
         ("--churn 0.01", "--churn belongs to --method "),
         ("--method fdfo --group-size 3 --batch-size 8", "must be even"),
         ("--method fdfo --optimizer-steps 11", "--optimizer-steps may be at most --sampling-steps"),
-        ("--learning-rate nan", "--learning-rate nan: must lie in"),
         ("--batch-size 48", "do not split into 2 shares"),
         ("--no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
         ("--attention-blocks 99", "--attention-blocks 99: there are 0.."),
@@ -963,13 +936,10 @@ def test_bad_settings_end_with_one_line_and_status_2_before_any_work(tmp_path, m
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and last.startswith("star.py: error: ") and message in last
 
-def test_the_command_helps_and_fails_as_a_process():
-    command = lambda *arguments: [sys.executable, "star.py", *arguments]
-    run = lambda *arguments: subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
-    told, bad = run("--help"), run("--model", "tiny", "--sde-window", "10")
+def test_the_commands_help_names_every_setting():
+    told = subprocess.run([sys.executable, "star.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
     assert {star.flag(name) for name in star.FIELDS} <= set(re.findall(r"--[a-z0-9-]+", told.stdout))
-    assert (told.returncode, told.stderr, bad.returncode, bad.stdout) == (0, "", 2, "")
-    assert bad.stderr.startswith("star.py: error: --sde-window 10") and bad.stderr.count("\n") == 1
 
 def test_every_setting_is_read():
     source = (ROOT / "star.py").read_text()
@@ -1092,6 +1062,7 @@ def test_the_other_rewards_train_and_evaluate(base, tmp_path, reward_models, tas
     tags = [f"eval_{tag}" for tag in star.GENEVAL_TAGS if task == "geneval"]
     assert [name for name in line if name.startswith("eval")] == ["eval_reward", "eval_score", *tags]
     assert math.isfinite(line["reward"]) and line["ratio_deviation"] == 0 and line["dropped"] == 0
+    assert task == "geneval" or line["eval_score"] == pytest.approx(26 * line["eval_reward"]) != 0
 
 def test_a_trained_transformer_is_scored_as_training_scored_it(base, short, tmp_path):
     _, out = short("--iterations 2")
@@ -1244,8 +1215,7 @@ def process(fate, *arguments):
     """One of torchrun's processes; with the fate "die" the second kills itself in the third iteration."""
     whole, die = star.train_iteration, (fate, os.environ["RANK"]) == ("die", "1")
     star.make_reward = lambda *_: brightness
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    star.train_iteration = lambda *given: kill() if die and given[-1] == 3 else whole(*given)
+    star.train_iteration = lambda *given: os.kill(os.getpid(), 9) if die and given[-1] == 3 else whole(*given)
     sys.argv = ["star.py", *arguments]
     star.main()
 
