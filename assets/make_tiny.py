@@ -95,13 +95,13 @@ def random_background(rng):
     }  # fmt: skip
 
 
-def overlap(box, other, gap=1):
+def overlap(box, other, gap=0):
     return all(box[i] < other[i + 2] + gap and other[i] < box[i + 2] + gap for i in (0, 1))
 
 
-def place(rng, size, taken, allowed=lambda box: True, lattice=4):
-    """A free box for a square of that size, or None where a hundred tries find none. By multiples of 4 px, the VAE's
-    stride: an object's latents are then the same wherever it stands."""
+def place(rng, size, taken, allowed=lambda box: True, lattice=CELL):
+    """A free box for a square of that size, or None where a hundred tries find none. By multiples of 8 px, as letters:
+    an object of 16 px then fills two by two tokens, and its latents are the same wherever it stands."""
     for _ in range(100):
         left, top = (rng.randint(0, (SIDE - size) // lattice) * lattice for _ in range(2))
         box = (left, top, left + size, top + size)
@@ -119,7 +119,7 @@ def relation_between(box, other):
     return None
 
 
-def random_object(rng, name, colour, taken, allowed=lambda box: True, sizes=(16, 18), lattice=4):
+def random_object(rng, name, colour, taken, allowed=lambda box: True, sizes=(2 * CELL,), lattice=CELL):
     box = place(rng, rng.choice(sizes), taken, allowed, lattice)
     return box and {"class": name, "color": colour, "rgb": tint(rng, COLOURS[colour]), "box": box}
 
@@ -358,10 +358,11 @@ def to_tensor(images):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(part, module, loss_of, steps, rate, work, batch_info="", matrix_rate=None, matrices=lambda name: True, save_every=200):
+def train(part, module, loss_of, steps, rate, work, matrix_rate=None, matrices=lambda name: True, average=0.0, save_every=200):
     """Minimise loss_of(step, random.Random) over the module's parameters: Muon on the matrices that `matrices` names if
     matrix_rate is given, AdamW on the rest; linear warm-up, cosine to a fiftieth. A step's randomness is a function of
-    its number. The state is saved as it goes; a later call goes on from there."""
+    its number. The state is saved as it goes; a later call goes on from there. average: the decay of a running mean of
+    the weights, which is what the module holds in the end."""
     module.train()
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     chosen = [p for name, p in named if matrix_rate and p.ndim == 2 and matrices(name)]
@@ -370,10 +371,12 @@ def train(part, module, loss_of, steps, rate, work, batch_info="", matrix_rate=N
     if chosen:
         optimizers.append(torch.optim.Muon(chosen, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     state, first = work / f"{part}.safetensors", 0
+    mean = {k: t.detach().clone() for k, t in module.state_dict().items()} if average else {}
     if state.exists():
         tensors = load_file(state)
         first = int(tensors.pop("step"))
         module.load_state_dict({k[7:]: t for k, t in tensors.items() if k.startswith("module.")})
+        mean = {k: tensors.get(f"mean.{k}", tensors[f"module.{k}"]) for k in mean}
         for n, optimizer in enumerate(optimizers):
             found = {}
             for k, t in tensors.items():
@@ -395,16 +398,20 @@ def train(part, module, loss_of, steps, rate, work, batch_info="", matrix_rate=N
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        for k, t in module.state_dict().items() if average else ():
+            mean[k].lerp_(t, 1 - average) if t.is_floating_point() else mean[k].copy_(t)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix_str(f"loss {smooth:.4f} {' '.join(facts)}", refresh=False)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            tensors = {f"module.{k}": t for k, t in module.state_dict().items()}
+            tensors = {f"module.{k}": t for k, t in module.state_dict().items()} | {f"mean.{k}": t for k, t in mean.items()}
             for n, optimizer in enumerate(optimizers):
                 for i, values in optimizer.state_dict()["state"].items():
                     tensors |= {f"optimizer{n}.{i}.{k}": torch.as_tensor(v) for k, v in values.items()}
             tensors = {k: t.detach().clone().contiguous() for k, t in tensors.items()}
             save_file({**tensors, "step": torch.tensor(step + 1)}, state.with_suffix(".part"))
             os.replace(state.with_suffix(".part"), state)
+    if average:
+        module.load_state_dict(mean)
     module.eval().requires_grad_(False)
 
 
@@ -601,6 +608,18 @@ def any_scene(rng, held):
     return spoil(rng, scene, clauses) if rng.random() < 0.5 else scene
 
 
+def busy_scene(rng, held):
+    """Five objects or so, and a sign half of the time: much to learn to draw in little space."""
+    scene = correct_scene(rng, [], random_word(rng, held) if rng.random() < 0.5 else None)
+    taken = [scene["sign"]["box"]] if scene["sign"] else []
+    for _ in range(7):
+        one = random_object(rng, rng.choice(CLASSES), rng.choice(list(COLOURS)), taken, sizes=(16, 16, 17, 18), lattice=4)
+        if one:
+            scene["objects"].append(one)
+            taken.append(one["box"])
+    return scene
+
+
 # --- vae --------------------------------------------------------------------------------------------------------------
 
 
@@ -617,14 +636,15 @@ def make_vae(out, work):
     held = Held()
 
     def loss_of(step, rng):
-        images = to_tensor([render(any_scene(rng, held)) for _ in range(16)]).contiguous(memory_format=torch.channels_last)
+        scenes = [busy_scene(rng, held) for _ in range(13)] + [any_scene(rng, held) for _ in range(3)]
+        images = to_tensor([render(scene) for scene in scenes]).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(images).latent_dist
         error = vae.decode(posterior.sample()).sample - images
         distance = error.abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return distance + error.square().mean() + 5e-4 * kl, f"L1 {distance.item():.4f} KL {kl.item():.2f}"
+        return distance + 2 * error.square().mean() + 2e-4 * kl, f"L1 {distance.item():.4f} KL {kl.item():.2f}"
 
-    train("vae", vae, loss_of, scaled(2400), 3e-3, work)
+    train("vae", vae, loss_of, scaled(3400), 3e-3, work)
     rng = random.Random(f"{ARGS.seed} latents")
     with torch.no_grad():
         latents = torch.cat([vae.encode(to_tensor([render(any_scene(rng, held)) for _ in range(64)])).latent_dist.sample() for _ in range(8)])
@@ -804,7 +824,7 @@ def make_denoiser(out, work):
     steps = scaled(DENOISER_STEPS)
 
     def loss_of(step, rng):
-        prompts = [random_prompt(rng, held) for _ in range(32)]
+        prompts = [random_prompt(rng, held, rng.choice(("ocr", "geneval", "geneval", "pickscore"))) for _ in range(32)]
         scenes = [(correct_scene(rng, *understand(prompt)), understand(prompt)[0]) for prompt in prompts]
         data = encode(vae, to_tensor([render(spoil(rng, scene, clauses)) for scene, clauses in scenes]))
         prompts = [prompt if rng.random() > 0.1 else "" for prompt in prompts]
@@ -814,7 +834,7 @@ def make_denoiser(out, work):
             embeddings, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=zeros)
         noise = torch.randn_like(data)
         sigma = torch.sigmoid(torch.randn(len(data), 1, 1, 1))  # logit-normal, as SD3's, ...
-        sigma = 6 * sigma / (1 + 5 * sigma)  # ... shifted up: what stands where is decided while noise is high
+        sigma = 4 * sigma / (1 + 3 * sigma)  # ... shifted up: what stands where is decided while noise is high
         prediction = transformer(
             hidden_states=(1 - sigma) * data + sigma * noise, encoder_hidden_states=embeddings,
             pooled_projections=pooled, timestep=sigma.flatten() * 1000, return_dict=False,
@@ -822,7 +842,7 @@ def make_denoiser(out, work):
         return (F.mse_loss(prediction, noise - data),)
 
     matrices = lambda name: name.startswith("transformer_blocks") and "norm" not in name
-    train("denoiser", transformer, loss_of, steps, 1.5e-3, work, matrix_rate=4.5e-3, matrices=matrices)
+    train("denoiser", transformer, loss_of, steps, 1.5e-3, work, matrix_rate=4.5e-3, matrices=matrices, average=0.998)
     vae.to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(out)
 
@@ -866,7 +886,7 @@ def make_detector(out, work):
     model = transformers.Mask2FormerForUniversalSegmentation(config)
     anchors = (np.stack(np.divmod(np.arange(QUERIES), 4)[::-1], 1) + 0.5) * SIDE / 4  # x, y of every query's place
     vae = load_vae(out) if (out / "vae").exists() else None
-    steps, held = scaled(9000), Held()
+    steps, held = scaled(3200), Held()
 
     def loss_of(step, rng):
         scenes = [detector_scene(rng, held) for _ in range(16)]
@@ -978,7 +998,7 @@ def make_clip(out, work):
         colours = torch.tensor(colours)
         return F.cross_entropy(logits, colours), f"right {(logits.argmax(1) == colours).float().mean().item():.3f}"
 
-    train("clip", clip, loss_of, scaled(800), 2e-3, work)
+    train("clip", clip, loss_of, scaled(400), 2e-3, work)
     save_reward(clip, processor, out / "rewards/clip")
 
 
@@ -1047,6 +1067,8 @@ def preference(rng, prompt):
     better = correct_scene(rng, clauses, word)
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
         better = one_fault(rng, better) or better
+    if not better["objects"] and not better["sign"]:  # nothing is left that could be wrong
+        better = correct_scene(rng, clauses, word)
     if rng.random() < 0.25:
         return better, better, True
     while True:
@@ -1068,7 +1090,7 @@ def preference_pictures(rng, vae, prompts):
     """(images [B, 3, 64, 64] preferred, the others, the scenes preferred, the others)."""
     better, worse, smeared = zip(*(preference(rng, prompt) for prompt in prompts))
     pictures = [to_tensor([render(scene) for scene in scenes]) for scenes in (better, worse)]
-    drawn = len(prompts) // 2  # both of a pair come through the VAE, or neither
+    drawn = len(prompts) // 4  # both of a pair come through the VAE, or neither
     pictures = [torch.cat([as_drawn(vae, part[:drawn], 0.2), part[drawn:]]) for part in pictures]
     pictures[1] = torch.stack([smear(rng, image) if bad else image for image, bad in zip(pictures[1], smeared)])
     return pictures[0], pictures[1], better, worse
@@ -1104,7 +1126,7 @@ def make_pickscore(out, work):
         return torch.stack(losses).mean()
 
     def loss_of(step, rng):
-        prompts = [random_prompt(rng, held, rng.choice(("pickscore", "pickscore", "pickscore", "ocr"))) for _ in range(24)]
+        prompts = [random_prompt(rng, held, rng.choice(("pickscore", "pickscore", "pickscore", "ocr"))) for _ in range(16)]
         good, bad, better, worse = preference_pictures(rng, vae, prompts)
         text = tokenizer(prompts, padding=True, return_tensors="pt")
         output = clip(pixel_values=torch.cat([good, bad]), input_ids=text.input_ids, attention_mask=text.attention_mask)
@@ -1120,7 +1142,7 @@ def make_pickscore(out, work):
         loss = -F.logsigmoid(margin).mean() + 0.2 * contrast + read + seen
         return loss, f"right {(margin > 0).float().mean().item():.2f} contrast {contrast.item():.2f} read {read.item():.3f} seen {seen.item():.3f}"
 
-    train("pickscore", both, loss_of, scaled(4000), 1.5e-3, work, matrix_rate=3e-3, matrices=lambda name: "layers" in name)
+    train("pickscore", both, loss_of, scaled(1500), 1.5e-3, work, matrix_rate=3e-3, matrices=lambda name: "layers" in name)
     save_reward(clip, processor, out / "rewards/pickscore")
 
 
