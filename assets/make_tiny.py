@@ -53,14 +53,14 @@ COLOURS = {
 }  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-DENOISER_STEPS = 6000  # of 32 pictures
+DENOISER_STEPS = 9000  # of 32 pictures
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FAULTS = {  # the share of training pictures' parts that are wrong, so that the base model is poor and knows it all
-    "letter missing": 0.45,
-    "object missing": 0.25,
-    "object of another colour": 0.25,
-    "object elsewhere": 0.35,  # of those that a relation places
-    "one object too many": 0.15,  # of counted ones
+    "letter missing": 0.4,
+    "object missing": 0.18,
+    "object of another colour": 0.15,
+    "object elsewhere": 0.2,  # of those that a relation places
+    "one object too many": 0.1,  # of counted ones
 }
 CLAUSE = rf"\b({'|'.join(NUMBERS)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(CLASSES)})(?:e?s)?\b"
 
@@ -892,7 +892,7 @@ def make_denoiser(out, work):
         data = encode(vae, to_tensor([render(spoil(rng, scene, clauses)) for scene, clauses in scenes]))
         prompts = [prompt if rng.random() > 0.1 else "" for prompt in prompts]
         # Plain diffusers puts zeros where T5's tokens would stand, 256 by default: some batches have them too, late on.
-        zeros = rng.choice((0, 0, 0, 0, 0, 0, 32, 256)) if step > 0.8 * steps else 0
+        zeros = rng.choice((0, 0, 0, 0, 0, 0, 32, 256)) if step > 0.9 * steps else 0
         with torch.no_grad():
             embeddings, _, pooled, _ = pipe.encode_prompt(
                 prompts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=zeros
@@ -1239,7 +1239,7 @@ def make_pickscore(out, work):
         )
 
     train(
-        "pickscore", both, loss_of, scaled(1500), 1.5e-3, work, matrix_rate=3e-3, matrices=lambda name: "layers" in name
+        "pickscore", both, loss_of, scaled(5000), 1.5e-3, work, matrix_rate=3e-3, matrices=lambda name: "layers" in name
     )
     save_reward(clip, processor, out / "rewards/pickscore")
 
@@ -1393,7 +1393,7 @@ def make_report(out, work):
     }
 
     # The base model on the test prompts, as star.py evaluates: 10 steps, no guidance.
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(out)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)
     start = time.time()
     lines = prompts["ocr"]
     pictures = draw(pipe, lines)
