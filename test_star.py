@@ -951,7 +951,8 @@ def test_every_setting_is_read():
 def test_the_readme_names_only_flags_and_functions_that_exist_and_its_reward_works(mini):
     readme = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", readme))
-    assert flags and flags <= {star.flag(name) for name in star.FIELDS} | {"--help", "--nproc-per-node"}
+    torchruns = {"--nproc-per-node", "--shutdown-timeout"}
+    assert flags and flags <= {star.flag(name) for name in star.FIELDS} | {"--help"} | torchruns
     section = lambda title: readme.split(f"\n## {title}")[1].split("\n## ")[0]
     steps = re.findall(r"^\d\. .*?  +([a-z_]+(?:, [a-z_]+)*)$", section("The method in five steps"), re.MULTILINE)
     names = set(", ".join(steps).split(", "))  # each step names its functions
