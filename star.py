@@ -288,12 +288,12 @@ def group_advantages(rewards, group_size):
 # That line is all of STAR: Flow-GRPO's has A alone (--step-weights equal scales it, by w_t / rms M). What follows
 # bounds how far one sampling round may carry it. As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic
 # min clips each region on the side that A says, and M only scales it. The clip range meets what --ratio says:
-#   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient. Flow-GRPO's ratio in
-#           value, in Flow-GRPO's clip range, with a gradient for each region: -sum_p M_p A r grad l_p / P where the
-#           image is not clipped, 0 where it is; M = 1 *is* Flow-GRPO. (The default; DenseFlow-GRPO's form.)
 #   region  rho_p = exp(l_p - l_p_old), each region's own. A mean over 64 numbers spreads wider than one over 64 P, so
 #           the range is widened by sqrt(P): right for independent regions, generous where they drift together.
-#           (BoxFlow-GRPO, arXiv 2606.06113, takes it with the range as it is.)
+#           (The default; BoxFlow-GRPO, arXiv 2606.06113, takes it with the range as it is.)
+#   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient. Flow-GRPO's ratio in
+#           value, in Flow-GRPO's clip range, with a gradient for each region: -sum_p M_p A r grad l_p / P where the
+#           image is not clipped, 0 where it is; M = 1 *is* Flow-GRPO. (DenseFlow-GRPO's form.)
 
 @torch.no_grad()
 def ratio_stats(log_ratio, clip_range):
@@ -333,7 +333,7 @@ def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range, r
         clip_range = clip_range * math.sqrt(tokens)
     loss, stats = clipped_objective(log_ratio, allocation * advantages[:, None], clip_range)  # M A
     share = allocation / allocation.sum(-1, keepdim=True)  # a distribution over the image
-    stats["allocation_entropy"] = -torch.special.xlogy(share, share).sum(-1).mean() / math.log(max(tokens, 2))
+    stats["allocation_entropy"] = -torch.special.xlogy(share, share).sum(-1).mean() / math.log(tokens)
     stats["allocation_max"] = allocation.amax(-1).mean()
     stats["allocation_top10"] = share.topk(max(1, round(tokens / 10)), dim=-1).values.sum(-1).mean()
     return loss, stats
@@ -630,7 +630,7 @@ class Settings:
     # STAR: the abstract gives no number, so these are ours.
     allocation_strength: float = setting(1.0, "lambda: 0 uniform maps, 1 the attention's alone", 0, 1, "star")
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")  # Seg4Diff: 9 of 24 localises best
-    ratio: Literal["region", "image"] = setting("image", "clip the image's ratio, or each region's", only="star")
+    ratio: Literal["region", "image"] = setting("region", "clip each region's ratio, or the image's", only="star")
     step_weights: Literal["none", "equal"] = setting("equal", "equal: all steps and maps count alike", only=GRPO)
     sde_window: int = setting(4, "noise and training in the first K steps, Euler's after (Flow-GRPO: 9)", 1, only=GRPO)
     # Flow-GRPO's recipe for SD3.5 Medium, but where a comment says otherwise.
@@ -682,6 +682,7 @@ PRESETS = {  # merged in this order: task, model, method, model with method; the
         t5_length=0, dtype="fp32",
     ),
     "fdfo": dict(optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0),  # FDFO
+    "tiny star": dict(clip_range=1e-3),  # clips 0.03 % of the regions; 3e-4 by image 0.7 %, flow-grpo 0.8 %
     "tiny fdfo": dict(learning_rate=3e-5, churn=0.1),  # 1.5e-4 unlearns; with churn 0.01 most pairs read the same
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ IMAGES = 128  # an iteration
 ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
     "flow-grpo-9": ("--method flow-grpo --sde-window 9", 3, None),
-    "flow-grpo": ("--method flow-grpo --clip-range 3e-4", 5, None),
+    "flow-grpo": ("--method flow-grpo", 5, None),
     "star-9": ("--sde-window 9", 3, None),
     "star": ("", 5, None),
     "star-image": ("--ratio image --clip-range 3e-4", 5, None),
