@@ -1331,7 +1331,7 @@ def train(settings):
     except (RunStopped, torch.OutOfMemoryError) as error:
         lighter = "; --optimizer-device cpu, --gradient-checkpointing or a smaller --batch-size takes less memory"
         newest, full = next(iter(checkpoints(out).values()), "none"), isinstance(error, torch.OutOfMemoryError)
-        raise RunStopped(f"{first_line(error)}; the newest checkpoint: {newest}{lighter * full}") from error
+        raise RunStopped(f"{first_line(error)}; the checkpoint for --resume: {newest}{lighter * full}") from error
     finally:
         lock.release()
 
