@@ -40,19 +40,19 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ======================================================================================================================
@@ -435,8 +435,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
         if star:
             rollout.allocation = allocation_map(rollout.attention, settings.allocation_strength)
     # 5. Update: one pass over the rollouts, in a few optimizer steps.
-    equal = settings.step_weights == "equal"
-    weights = step_weights(sigmas, settings.noise_level, trained) if equal else [1.0] * trained
+    weights = step_weights(sigmas, settings.noise_level, trained) if settings.step_weights == "equal" else [1] * trained
     rounds, skipped = deal(rollouts, settings, key)
     share = len(rollouts) * trained / settings.optimizer_steps  # microbatch-steps in an optimizer step
     history, deviations, norms = [], [0.0], []
@@ -614,6 +613,7 @@ def summary(rewards, history, deviations, skipped, norms, optimizer):
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "assets/tiny"
 GRPO = "star flow-grpo"
 
 def setting(default, help, low=-math.inf, high=math.inf, only=None, free=False):
@@ -645,7 +645,7 @@ class Settings:
     guidance: float = setting(4.5, "classifier-free guidance, in sampling, update and evaluation; 1 = off", 1, 100)
     sampling_steps: int = setting(10, "denoising steps of a rollout", 3)
     noise_level: float = setting(0.7, "a of the SDE: how much a step explores", 1e-3, 2, GRPO)
-    churn: float | None = setting(None, "g: share of fresh noise a step; by default 0.1 / steps", 1e-6, 1, "fdfo")
+    churn: float = setting(0.0, "g: share of fresh noise a step; 0: 0.1 / steps", 0, 1, "fdfo")
     eval_every: int = setting(50, "iterations between evaluations on the test prompts", 1, free=True)  # ours
     eval_steps: int = setting(40, "denoising steps of evaluation's deterministic sampler", 1)
     resolution: int = setting(512, "pixels a side", 16)
@@ -674,14 +674,16 @@ class Settings:
         return self.sampling_steps if self.fdfo else self.sde_window
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Settings)}
-PRESETS = {  # merged in this order: task, model, method, model with method; then what you say
+PRESETS = {  # merged in this order: task, model, method, model with task, model with method; then what you say
     "pickscore": dict(kl=0.01),  # Flow-GRPO
     "tiny": dict(  # ours, from runs of some minutes on two cores
         attention_blocks="3", iterations=45, prompts_per_iteration=8, group_size=16, batch_size=32,
-        learning_rate=1.5e-4, clip_range=3e-4, kl=0.0, guidance=1.0, eval_every=10, eval_steps=10, resolution=48,
+        learning_rate=1.5e-4, clip_range=3e-4, kl=0.0, guidance=1.0, eval_every=10, eval_steps=10, resolution=64,
         t5_length=0, dtype="fp32",
     ),
     "fdfo": dict(optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0),  # FDFO
+    "tiny geneval": dict(reward_model=f"{TINY}/rewards"),  # its detector/ and clip/
+    "tiny pickscore": dict(reward_model=f"{TINY}/rewards/pickscore"),
     "tiny star": dict(clip_range=1e-3),  # clips 0.03 % of the regions; 3e-4 by image 0.7 %, flow-grpo 0.8 %
     "tiny fdfo": dict(learning_rate=3e-5, churn=0.1),  # 1.5e-4 unlearns; with churn 0.01 most pairs read the same
 }  # fmt: skip
@@ -696,8 +698,8 @@ def need(condition, message):
     if not condition:
         raise BadInput(message)
 
-def first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:250] or repr(error)}"
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
@@ -708,7 +710,7 @@ def parse_settings(arguments=None):
     for name, kind in get_type_hints(Settings).items():
         others = [f"; {preset}: {values[name]}" for preset, values in PRESETS.items() if name in values]
         text = f"{FIELDS[name].metadata['help']} [{FIELDS[name].default}{''.join(others)}]".removesuffix(" []")
-        options = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"type": (*get_args(kind), kind)[0]}
+        options = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
         options = {"action": "store_true"} if kind is bool else options
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=textwrap.fill(text, 90), **options)
 
@@ -719,12 +721,12 @@ def parse_settings(arguments=None):
         given["model"] = SD35 if torch.cuda.is_available() else "tiny"
         print(f"note: --model {given['model']} (with a CUDA device SD3.5 Medium, else tiny, which downloads nothing)")
     settings = Settings(**given)
-    for name in (settings.task, settings.model, settings.method, f"{settings.model} {settings.method}"):
+    model = settings.model
+    for name in (settings.task, model, settings.method, f"{model} {settings.task}", f"{model} {settings.method}"):
         settings = dataclasses.replace(settings, **PRESETS.get(name, {}) | given)
-    folder = ROOT / "prompts" / ("tiny" if settings.model == "tiny" else "") / settings.task
-    suffix = "jsonl" if settings.task == "geneval" else "txt"
-    settings.train_prompts = settings.train_prompts or f"{folder}/train.{suffix}"
-    settings.test_prompts = settings.test_prompts or f"{folder}/test.{suffix}"
+    folder = ROOT / "prompts" / ("tiny" if model == "tiny" else "") / settings.task
+    settings.train_prompts = settings.train_prompts or str(next(folder.glob("train.*")))
+    settings.test_prompts = settings.test_prompts or str(next(folder.glob("test.*")))
     run = f"{settings.task}-{Path(settings.model).name}-{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings.out = settings.out or f"runs/{run}"
     check_settings(settings, given)
@@ -739,10 +741,9 @@ def resumed(given):
         saved = json.loads((out / "config.json").read_text())["settings"]
         Settings(**saved)
     except Exception as error:  # no file, no JSON, other settings
-        raise BadInput(f"--resume: there is no run in {out} ({first_line(error)})") from error
+        raise BadInput(f"--resume: there is no run in {out} ({one_line(error)})") from error
     other = [name for name in given if not FIELDS[name].metadata["free"] and given[name] != saved[name]]
-    changes = "; ".join(f"{flag(name)} was {saved[name]}, is {given[name]}" for name in other)
-    need(not other, f"--resume would make another run of {out}: {changes}")
+    need(not other, f"--resume would make another run of {out}: {', '.join(map(flag, other))} may not change")
     return saved | given | {"out": str(out)}
 
 def check_settings(settings, given):
@@ -764,7 +765,6 @@ def check_settings(settings, given):
          "--group-size and --batch-size must be even: fdfo compares pairs of images"),
         (not fdfo or settings.optimizer_steps <= steps, "--optimizer-steps may be at most --sampling-steps with fdfo"),
         (settings.task != "ocr" or not settings.reward_model, "--reward-model: the ocr reward takes none"),
-        (settings.task == "ocr" or settings.model != "tiny", "--task: the tiny model only writes words, for ocr"),
         (settings.iterations == 0 or images % whole == 0,
          f"{images} images an iteration do not split into {shares} shares (optimizer steps x processes) of whole "
          f"batches of {settings.batch_size}; change --batch-size"),
@@ -785,11 +785,9 @@ class Policy:
 
     def __init__(self, pipe, settings, device):
         self.pipe, self.settings, self.device = pipe, settings, torch.device(device)
-        self.transformer, self.vae = pipe.transformer.to(device).eval(), pipe.vae and pipe.vae.to(device)
-        encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
-        self.encoders = torch.nn.ModuleList(filter(None, encoders))
-        depth, config = len(self.transformer.transformer_blocks), self.transformer.config
-        scale = pipe.vae_scale_factor if self.vae else 4
+        self.transformer, self.vae = pipe.transformer.to(device).eval(), pipe.vae.to(device)
+        self.encoders = torch.nn.ModuleList(filter(None, (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)))
+        depth, config, scale = len(self.transformer.transformer_blocks), self.transformer.config, pipe.vae_scale_factor
         largest = config.pos_embed_max_size * config.patch_size * scale
         need(max(settings.blocks) < depth, f"--attention-blocks {settings.attention_blocks}: there are 0..{depth - 1}")
         need(settings.resolution <= largest, f"--resolution {settings.resolution}: the model knows up to {largest} px")
@@ -810,7 +808,7 @@ class Policy:
         where truncation has cut the core content off, the content tokens that are left stand in, with a warning."""
         has_t5, masks = self.pipe.text_encoder_3 is not None, []
         segments = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
-        segments += [(self.pipe.tokenizer_3, self.settings.t5_length)] if has_t5 else []
+        segments += [(self.pipe.tokenizer_3, self.settings.t5_length)] * has_t5
         for text, metadata in prompts:
             offsets = []
             for tokenizer, length in segments:
@@ -827,11 +825,8 @@ class Policy:
     @torch.no_grad()
     def decode(self, latents):
         """Latents [B, C, H, W] -> images [B, 3, h, w] uint8 on the CPU. The VAE computes in fp32, as Flow-GRPO's."""
-        if self.vae:
-            latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-            pixels = self.vae.decode(latents, return_dict=False)[0]
-        else:  # the embedded model has no VAE: its 16 channels are a cell of 4x4 grey pixels, scaled to unit variance
-            pixels = F.pixel_shuffle(latents / 2.5 - 0.4, 4).expand(-1, 3, -1, -1)
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        pixels = self.vae.decode(latents, return_dict=False)[0]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def sigmas(self, steps):
@@ -839,31 +834,37 @@ class Policy:
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.sigmas.tolist()
 
+def check_embedded(task, prompts):
+    """BadInput for a missing or damaged file, which not all loaders notice; a note on words it was not trained on."""
+    sums = TINY / "SHA256SUMS"
+    for line in sums.read_text().splitlines() if sums.is_file() else [f"none {sums}"]:
+        digest, name = line.split()
+        path = TINY / name
+        whole = path.is_file() and sha256(path.read_bytes()).hexdigest() == digest
+        need(whole, f"--model tiny: {path} is missing or damaged; `git checkout assets/tiny` brings it back")
+    words = lambda prompts: set(re.findall(r"\b[a-z]+\b", " ".join(prompt.text for prompt in prompts)))
+    strange = words(prompts) - words(load_prompts(next(ROOT.glob(f"prompts/tiny/{task}/train.*")), task))
+    if strange:
+        print("note: the embedded model was not trained on these words:", *sorted(strange))
+
 def load_policy(settings, device):
     """SD3 / SD3.5 from the hub or a local folder, of which the embedded model is one. BadInput, in one line, for
     whatever stands in the way. safetensors only: nothing is unpickled, and no code from the hub is run."""
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline
 
-    tiny, dtype = settings.model == "tiny", {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype]
-    what, model = "model", str(ROOT / "assets/tiny") if tiny else settings.model
-    parts = {"vae": None} if tiny else {}
-    parts |= {} if settings.t5_length else {"text_encoder_3": None, "tokenizer_3": None}
+    model, start = str(TINY) if settings.model == "tiny" else settings.model, Path(settings.transformer)
+    start = start / "transformer" if (start / "transformer").is_dir() else start
+    dtype = {"default": {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.dtype], "vae": torch.float32}
+    parts = {} if settings.t5_length else {"text_encoder_3": None, "tokenizer_3": None}
     try:
-        if settings.transformer:
-            what, folder = "transformer", Path(settings.transformer)
-            folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-            found = SD3Transformer2DModel.load_config(folder)["joint_attention_dim"]
-            wanted = SD3Transformer2DModel.load_config(model, subfolder="transformer")["joint_attention_dim"]
-            if found != wanted:
-                raise ValueError(f"does not fit --model: text features of {found}, not {wanted}")
-            parts["transformer"] = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        what, dtypes = "model", {"default": dtype, "vae": torch.float32}
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtypes, use_safetensors=True, **parts)
+        weights = load_file(start / "diffusion_pytorch_model.safetensors") if settings.transformer else None
+        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, use_safetensors=True, **parts)
+        if weights:
+            pipe.transformer.load_state_dict(weights)
     except Exception as error:  # whatever a loader says of what is not there, not whole or not what it should be
+        what = f"--model {settings.model}" + f" --transformer {settings.transformer}" * bool(settings.transformer)
         remedy = f"SD3.5 is gated: accept its licence at https://huggingface.co/{SD35}, then run `hf auth login`"
-        if tiny and what == "model":
-            remedy = "`git checkout assets/tiny` brings it back"
-        raise BadInput(f"--{what} {getattr(settings, what)}: {first_line(error)} ({remedy})") from error
+        raise BadInput(f"{what}: {one_line(error)} ({remedy})") from error
     if settings.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return Policy(pipe, settings, device)
@@ -892,7 +893,7 @@ def load_prompts(path, task):
                 prompts.append(Prompt(metadata["prompt"] if metadata else line.strip(), metadata))
                 core_spans(prompts[-1].text, task, metadata)
     except Exception as error:  # whatever is wrong with a file or a line
-        raise BadInput(f"prompt file {path}{f', line {number}' * (number > 0)}: {first_line(error)}") from error
+        raise BadInput(f"prompt file {path}{f', line {number}' * (number > 0)}: {one_line(error)}") from error
     need(prompts, f"prompt file {path} holds no prompts")
     return prompts
 
@@ -946,7 +947,7 @@ class OCRReward:
                 "Global.use_cls": False, "Global.log_level": "error",
                 "Det.limit_type": "max", "Det.limit_side_len": max(96, side),  # else it enlarges the side to 736
                 "Rec.rec_img_shape": [3, 48, 160],  # the narrowest line it pads to; wider text is read at its width
-                "EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+                "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             })  # fmt: skip
         return "".join(self.local.engine(picture).txts or ())
 
@@ -1009,7 +1010,7 @@ def load_reward_model(device, model_class, processor_class, source, processor_so
         processor = getattr(transformers, processor_class).from_pretrained(processor_source or source)
     except Exception as error:  # as above
         remedy = "`hf download` fetches what the hub has, and --reward-model takes a local copy"
-        raise BadInput(f"the reward model {source} cannot be loaded: {first_line(error)} ({remedy})") from error
+        raise BadInput(f"the reward model {source} cannot be loaded: {one_line(error)} ({remedy})") from error
     return model.to(device).eval().requires_grad_(False), processor
 
 def clip_output(clip, images, texts):
@@ -1096,7 +1097,7 @@ def reward_all(samples, prompts, copies, reward, settings):
         try:
             scores[row] = torch.as_tensor(future.result())[0]
         except Exception as error:  # whatever a reward may raise
-            why = first_line(error)
+            why = one_line(error)
     for part in gather(scores):
         scores = part.where(part.isfinite(), scores)
     missing = int((~scores[:, 0].isfinite()).sum())
@@ -1281,7 +1282,7 @@ def load_checkpoint(folder, optimizer):
                 print(f"resumed from {path}: {done} iterations are done")
                 return done, file.metadata()["metrics"]
         except Exception as error:  # whatever a damaged file makes of itself
-            print(f"warning: the checkpoint {path} does not load: {first_line(error)}")
+            print(f"warning: the checkpoint {path} does not load: {one_line(error)}")
     need(not found, f"--resume: no checkpoint in {folder} loads")
     return -1, ""
 
@@ -1318,20 +1319,22 @@ def train(settings):
     cuda = settings.model != "tiny" and torch.cuda.is_available()  # tiny is made for the CPU
     device, out = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu", Path(settings.out)
     prompts = [load_prompts(path, settings.task) for path in (settings.train_prompts, settings.test_prompts)]
+    if settings.model == "tiny":
+        check_embedded(settings.task, sum(prompts, []))
     reward = make_reward(settings, device)  # before the big model: what is missing is said at once
     policy, lock = load_policy(settings, device), FileLock(out / "lock")
     try:
         if process_rank()[0] == 0:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)  # it dies with the process
-    except (OSError, Timeout) as error:
-        raise BadInput(f"--out {out}: {first_line(error)} (is another process at work there?)") from error
+    except OSError as error:  # filelock's Timeout is one
+        raise BadInput(f"--out {out}: {one_line(error)} (is another process at work there?)") from error
     try:
         return train_policy(policy, *prompts, reward, settings)
     except (RunStopped, torch.OutOfMemoryError) as error:
-        lighter = "; --optimizer-device cpu, --gradient-checkpointing or a smaller --batch-size takes less memory"
-        newest, full = next(iter(checkpoints(out).values()), "none"), isinstance(error, torch.OutOfMemoryError)
-        raise RunStopped(f"{first_line(error)}; the checkpoint for --resume: {newest}{lighter * full}") from error
+        advice = "; --optimizer-device cpu, --gradient-checkpointing or a smaller --batch-size takes less memory"
+        advice = advice * isinstance(error, torch.OutOfMemoryError)
+        raise RunStopped(f"{one_line(error)}; --resume goes on from {out}/checkpoints{advice}") from error
     finally:
         lock.release()
 
@@ -1340,8 +1343,7 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings):
     transformer, last, signals = policy.transformer, settings.iterations, []
     reference = copy.deepcopy(transformer).requires_grad_(False) if settings.kl > 0 and last > 0 else None
     trained = transformer.parameters() if last > 0 or settings.resume else ()
-    host = "cpu" if settings.optimizer_device == "cpu" else None
-    optimizer = MasterAdamW(trained, settings.learning_rate, host)
+    optimizer = MasterAdamW(trained, settings.learning_rate, "cpu" if settings.optimizer_device == "cpu" else None)
     run = RunFolder(settings, optimizer)
 
     def test(name, iteration):
@@ -1385,7 +1387,7 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings):
 
 def main():
     if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()
         sys.stdout = sys.stdout if process_rank()[0] == 0 else open(os.devnull, "w")  # the first process prints
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torchvision, unneeded here, is missing
     try:

@@ -1,23 +1,28 @@
 """Does allocating the reward help? The runs behind README.md's numbers, on the embedded model.
 
+    python assets/evidence.py tune            the tuning grid, the same for each method, on a seed of its own
     python assets/evidence.py run             every arm and seed that assets/runs/ lacks, two at a time; stop when you
                                               like, it goes on where it was
     python assets/evidence.py run star-0      the runs named, arm-seed
+    python assets/evidence.py grid            a table of the tuning runs
     python assets/evidence.py table           a table of assets/runs/<task>/; --old: of the earlier version's runs
     python assets/evidence.py curves          learning curves, into assets/curves.png; --old likewise
     python assets/evidence.py pictures        the same words by each method, of runs/evidence/, into assets/methods.png
     python assets/evidence.py why             the gradient's signal and the maps' aim, by arm and denoising step
 
-A run leaves assets/runs/<task>/<arm>-<seed>/ with metrics.jsonl and config.json, which has the git revision.
-The second judge, which training never sees, is Tesseract (Debian package tesseract-ocr), where it is installed.
+--task says of which task. A run leaves assets/runs/<task>/<arm>-<seed>/ with metrics.jsonl and config.json, which has
+the git revision. The second judge, which training never sees, is for ocr Tesseract (Debian package tesseract-ocr),
+where it is installed, and for geneval a comparison with the renderer's own pictures, pixel by pixel.
 --iterations, --batches, --runs, --work and --out are for trying this script without touching what is there.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -27,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 import star  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -35,6 +40,14 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
+RATES, CLIPS = ("7.5e-5", "1.5e-4", "3e-4"), ("3e-4", "1e-3")
+GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
+    **{f"tune-flow-grpo-{rate}-{clip}": f"--method flow-grpo --learning-rate {rate} --clip-range {clip}"
+       for rate in RATES for clip in CLIPS},
+    **{f"tune-star-{rate}-{clip}": f"--learning-rate {rate} --clip-range {clip}" for rate in RATES for clip in CLIPS},
+    **{f"tune-fdfo-{rate}-{churn}": f"--method fdfo --learning-rate {rate} --churn {churn}"
+       for rate in ("1.5e-5", "3e-5", "6e-5") for churn in ("0.03", "0.1")},
+}  # fmt: skip
 ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
     "flow-grpo-9": ("--method flow-grpo --sde-window 9", 3, None),
@@ -55,9 +68,7 @@ OLD_ARMS = (  # assets/runs/*.jsonl, see README.md beside this file
 LABELS = {"flow-grpo-none": "flow-grpo, unweighted", "star-none": "star, unweighted",
           "star-uniform-none": "star-uniform, unweighted", "fdfo-attention": "fdfo with maps"}  # fmt: skip
 
-
 # --- controls: star.allocation_map, but with the maps in wrong places, or without their steps -------------------------
-
 
 def shuffled(allocation):
     """Every map [..., P] permuted over space: the same weights in wrong places. The order is a function of the maps, so
@@ -66,14 +77,11 @@ def shuffled(allocation):
     order = torch.rand(allocation.shape, generator=generator).argsort(-1)
     return allocation.gather(-1, order)
 
-
 def static(allocation):
     """Each sample's maps [K, B, P] averaged over the steps: the places, without the temporal part."""
     return allocation.mean(0, keepdim=True).expand_as(allocation).contiguous()
 
-
 HOOKS = {"shuffled": shuffled, "static": static}
-
 
 def run_hooked(hook, arguments):
     """star.py's own command line, with a control in place of the map."""
@@ -82,13 +90,18 @@ def run_hooked(hook, arguments):
     sys.argv = ["star.py", *arguments]
     star.main()
 
-
 # --- run --------------------------------------------------------------------------------------------------------------
-
 
 def run(given):
     """Seed by seed over all arms, so that an interrupted evening still compares every arm."""
     jobs = [(arm, seed) for seed in range(5) for arm, (_, seeds, _) in ARMS.items() if seed < seeds]
+    start(jobs, given)
+
+def tune(given):
+    """One run for every point of the grid."""
+    start([(arm, 100) for arm in GRID], given)
+
+def start(jobs, given):
     unknown = set(given.names) - {f"{arm}-{seed}" for arm, seed in jobs}
     if unknown:
         sys.exit(f"no such run: {', '.join(sorted(unknown))}")
@@ -98,13 +111,11 @@ def run(given):
         for name in pool.map(lambda job: train(*job, given), jobs):
             print(f"{name} done", flush=True)
 
-
 def results(given):
     return given.runs / given.task
 
-
 def train(arm, seed, given):
-    name, (options, _, hook) = f"{arm}-{seed}", ARMS[arm]
+    name, (options, _, hook) = f"{arm}-{seed}", ARMS.get(arm) or (GRID[arm], 1, None)
     out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
     how = f"--task {given.task} --model tiny --iterations {given.iterations} --eval-every 4 --seed {seed}"
@@ -123,28 +134,36 @@ def train(arm, seed, given):
     lines[-1] |= second_judge(out, given.task)
     config = json.loads((out / "config.json").read_text()) | {"revision": revision.read_text(), "arm": arm}
     config["hook"] = hook
-    for path in ("out", "train_prompts", "test_prompts"):  # nothing of this machine
-        config["settings"][path] = os.path.relpath(config["settings"][path], ROOT)
+    for path in ("out", "train_prompts", "test_prompts", "reward_model"):  # nothing of this machine
+        config["settings"][path] = config["settings"][path] and os.path.relpath(config["settings"][path], ROOT)
     folder = results(given) / name
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return name
 
-
 def test_images(transformer, task, count=None):
-    """(prompts, images, rewards) of the test prompts by a trained transformer; without one, by the embedded model's."""
+    """(prompts, images, rewards), one an image as star.py evaluates; without a transformer, by the embedded model's."""
     chosen = ["--transformer", str(transformer)] if transformer else []
     settings = star.parse_settings(["--task", task, "--model", "tiny", *chosen])
-    policy = star.load_policy(settings, "cpu")
+    policy, copies = star.load_policy(settings, "cpu"), 4 if task == "geneval" and not count else 1
     prompts = star.load_prompts(settings.test_prompts, task)[:count]
-    samples = list(star.sample(policy, prompts, 1, settings, star.EVALUATION, policy.sigmas(settings.eval_steps)))
-    scores = star.reward_all(samples, prompts, 1, star.make_reward(settings, "cpu"), settings)[2]
-    return prompts, torch.cat([images for _, images in samples]), scores[:, 0].tolist()
-
+    samples = star.sample(policy, prompts, copies, settings, star.EVALUATION, policy.sigmas(settings.eval_steps))
+    images = torch.cat([images for _, images in samples])
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    reward = star.make_reward(settings, "cpu")
+    scores = torch.cat([reward(image[None], [prompt]) for image, prompt in zip(images, prompts)])
+    return prompts, images, scores[:, 0].tolist()
 
 def second_judge(transformer, task):
-    """Exact-match and character error rate of the test images under Tesseract."""
+    """ocr: exact matches and character error rate under Tesseract. geneval: the score by the renderer's pixels."""
+    if task == "geneval":
+        prompts, images, _ = test_images(transformer, task)
+        tags = {}
+        for prompt, image in zip(prompts, images):
+            verdict = star.geneval_scores(prompt.metadata, pixel_rule(image))[1]
+            tags.setdefault(prompt.metadata["tag"], []).append(verdict)
+        return {"pixel_rule_score": statistics.mean(map(statistics.mean, tags.values()))}
     if task != "ocr" or not shutil.which("tesseract"):
         return {}
     prompts, images, _ = test_images(transformer, task)
@@ -154,6 +173,38 @@ def second_judge(transformer, task):
     exact = sum(got == target for got, target in zip(read, targets)) / len(read)
     return {"tesseract_exact": exact, "tesseract_error_rate": sum(errors) / len(errors)}
 
+@functools.cache
+def sprites():
+    """Every class in every colour, as the renderer draws it: (names, pictures [S, 3, 16, 16] and masks in [0, 1])."""
+    import make_tiny as tiny
+
+    names, pictures, masks = [], [], []
+    for name in tiny.CLASSES:
+        for colour, rgb in tiny.COLOURS.items():
+            ground = {"kind": "plain", "colours": ((128,) * 3,) * 2, "angle": 0, "place": 0}
+            one = {"class": name, "color": colour, "rgb": rgb, "box": (0, 0, 16, 16)}
+            names.append((name, colour))
+            picture = tiny.render({"background": ground, "objects": [one], "sign": None})[:16, :16]
+            pictures.append(torch.from_numpy(picture))
+            masks.append(torch.from_numpy(tiny.layers(name, 16)[0][..., 0]))
+    return names, torch.stack(pictures).permute(0, 3, 1, 2) / 255, torch.stack(masks)[:, None]
+
+def pixel_rule(image, most=0.12):
+    """Detections {class: [(box, 1, colour), ...]} of an image [3, 64, 64] uint8 without any network: where the picture
+    differs by less than `most`, on average over a sprite's pixels, from that sprite; the closest first, none within 12
+    px of a closer one. Of 120 rendered scenes, half of them spoilt, it gives the right verdict on all, and through the
+    noisy VAE on all."""
+    names, pictures, masks = sprites()
+    windows = (image.float() / 255).unfold(1, 16, 4).unfold(2, 16, 4).permute(1, 2, 0, 3, 4).flatten(0, 1)  # [169, ...]
+    apart = ((windows[:, None] - pictures).abs() * masks).sum((2, 3, 4)) / (3 * masks.sum((1, 2, 3)))  # [169, S]
+    found, taken = {}, []
+    for place in apart.amin(1).argsort().tolist():
+        top, left = (4 * part for part in divmod(place, 13))
+        if apart[place].min() < most and all(max(abs(top - y), abs(left - x)) >= 12 for y, x in taken):
+            name, colour = names[apart[place].argmin()]
+            taken.append((top, left))
+            found.setdefault(name, []).append(((left, top, left + 16, top + 16), 1.0, colour))
+    return found
 
 def tesseract(image):
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
@@ -162,9 +213,7 @@ def tesseract(image):
         environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
         return subprocess.run(command.split(), env=environment, capture_output=True, text=True, check=True).stdout
 
-
 # --- table ------------------------------------------------------------------------------------------------------------
-
 
 def load(given):
     """{arm: [lines of metrics.jsonl, ...], one a seed}, in the order of the arms."""
@@ -178,22 +227,18 @@ def load(given):
         sys.exit(f"no runs in {given.runs if given.old else results(given)}")
     return {arm: found[arm] for arm in (OLD_ARMS if given.old else ARMS) if arm in found}
 
-
 def curve(lines):
     return {line["iteration"]: line["eval_reward"] for line in lines if "eval_reward" in line}
-
 
 def area(lines):
     """The primary measure: the mean test reward over all evaluations after the first."""
     return statistics.mean([value for iteration, value in curve(lines).items() if iteration > 0])
-
 
 def spread(values):
     values = [value for value in values if value is not None]
     if not values:
         return ""
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
 
 def difference(values, reference):
     """Difference of the means, its standard error and Welch's p (at least 0.001), where both have several seeds."""
@@ -203,7 +248,6 @@ def difference(values, reference):
     error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (values, reference)))
     p = ttest_ind(values, reference, equal_var=False).pvalue
     return f"{apart:+.3f} (SE {error:.3f}, p {max(p, 0.001):.3f})"
-
 
 def reached(runs, goal):
     """Images until the test reward first reaches the goal, between evaluations on a straight line. Only where every
@@ -219,36 +263,47 @@ def reached(runs, goal):
         return f"{len(found)} of {len(runs)} got there"
     return f"{statistics.mean(found):.0f}" + (f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else "")
 
-
 def table(given):
     found = load(given)
     reference = [area(lines) for lines in found.get("flow-grpo", [])]
-    names = "arm | n | mean | over flow-grpo's | final | exact | Tesseract exact | Tesseract CER | clipped"
-    print(f"| {names} | images to 0.75 | s an iteration |")
-    print("|---" * 11 + "|")
+    scores = {"final": "eval_reward", "exact": "eval_exact", "Tesseract exact": "tesseract_exact",
+              "Tesseract CER": "tesseract_error_rate"}  # fmt: skip
+    if given.task == "geneval":
+        scores = {"final": "eval_reward", "final score": "eval_score", "pixel rule's score": "pixel_rule_score"}
+    names = ["arm", "n", "mean", "over flow-grpo's", *scores, "clipped", "images to 0.75", "s an iteration"]
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
     for arm, runs in found.items():
         areas, last = [area(lines) for lines in runs], [lines[-1] for lines in runs]
         trained = [line for lines in runs for line in lines[1:]]
         seconds = [sum(value for name, value in line.items() if name.startswith("seconds")) for line in trained]
-        scores = ("eval_reward", "eval_exact", "tesseract_exact", "tesseract_error_rate")
         columns = [
             spread(areas),
             difference(areas, reference) if reference and arm != "flow-grpo" else "",
-            *(spread([line.get(name) for line in last]) for name in scores),
+            *(spread([line.get(name) for line in last]) for name in scores.values()),
             f"{statistics.mean(line['clip_high'] + line['clip_low'] for line in trained):.1%}",
             reached(runs, 0.75),
             f"{statistics.median(seconds):.1f}",
         ]
         print(f"| {LABELS.get(arm, arm)} | {len(runs)} | {' | '.join(columns)} |")
 
+def grid(given):
+    """The tuning runs: mean training reward, by which the settings are chosen, and for the record mean test reward."""
+    print("| method | learning rate | clip range (fdfo: churn) | training reward | test reward | clipped |")
+    print("|---" * 6 + "|")
+    for arm in GRID:
+        path = results(given) / f"{arm}-100/metrics.jsonl"
+        if path.exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            reward = statistics.mean(line["reward"] for line in lines[1:])
+            clipped = statistics.mean(line["clip_high"] + line["clip_low"] for line in lines[1:])
+            name, rate, other = re.fullmatch(r"tune-([a-z-]+)-(\d.*)-(0\.\d+|\d+e-\d+)", arm).groups()
+            print(f"| {name} | {rate} | {other} | {reward:.3f} | {area(lines):.3f} | {clipped:.1%} |")
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
 
 SHOWN = ("flow-grpo-published", "flow-grpo", "star", "star-image", "star-uniform", "star-shuffled", "fdfo")
 SHOWN_OLD = ("flow-grpo-none", "flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo")
 COLOURS = "#000000 #7f7f7f #d62728 #ff7f0e #1f77b4 #2ca02c #9467bd".split()
-
 
 def curves(given, width=960, height=460, low=0.45, high=0.95):
     """Mean test reward over images seen, one line an arm, the standard error as a bar."""
@@ -276,7 +331,6 @@ def curves(given, width=960, height=460, low=0.45, high=0.95):
         draw.text((width - 226, 31 + index * 26), label, fill="black", font=font)
     sheet.save(given.out or ROOT / "assets/curves.png")
 
-
 def pictures(given, count=8):
     """The first test prompts by the embedded model and by the runs of seed 0."""
     cells = []
@@ -288,9 +342,7 @@ def pictures(given, count=8):
             cells += zip(images, captions)
     star.save_sheet(given.out or ROOT / "assets/methods.png", cells, columns=count, side=144)
 
-
 # --- why --------------------------------------------------------------------------------------------------------------
-
 
 WHY = {  # block, strength, hook: one set of rollouts, each of these maps on it
     "uniform (Flow-GRPO's gradient)": (3, 0.0, None),
@@ -304,19 +356,20 @@ WHY = {  # block, strength, hook: one set of rollouts, each of these maps on it
     "block 3, shuffled": (3, 1.0, "shuffled"),
 }
 
-
 def why(given):
     """Which maps carry more signal an image, at the embedded model, on training prompts? By denoising step.
 
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
     is unbiased; mean and standard error over batches. Noise: variance of a batch's gradient, as a multiple of the
     uniform one's. Every map is divided by its own norm, as --step-weights equal does; "all" is over the steps, weighted
-    equally. Aim: mean M on the tokens of the letters drawn, on the blank tokens of the sign, and elsewhere; and the
-    share of M on the sign. The references share batches, so the standard errors of the cosines are too small.
+    equally. Aim: mean M on the tokens of what is drawn (ocr: letters, blanks of the sign; geneval: objects), elsewhere,
+    and the share of M that is not elsewhere. The references share batches, so the cosines' standard errors are too
+    small. --prompts FILE takes other prompts: shorter words, fewer objects.
     """
-    settings = star.parse_settings("--task ocr --model tiny --sde-window 9".split())
-    policy, reward = star.load_policy(settings, "cpu"), star.OCRReward()
-    prompts, sigmas = star.load_prompts(settings.train_prompts, "ocr"), policy.sigmas(settings.sampling_steps)
+    chosen = ["--train-prompts", str(given.prompts)] if given.prompts else []
+    settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split(), *chosen])
+    policy, reward = star.load_policy(settings, "cpu"), star.make_reward(settings, "cpu")
+    prompts, sigmas = star.load_prompts(settings.train_prompts, given.task), policy.sigmas(settings.sampling_steps)
     trained, size = settings.trained_steps, sum(p.numel() for p in policy.transformer.parameters())
     store = lambda: torch.zeros(given.batches, trained, size, dtype=torch.bfloat16)  # half the memory, the same cosines
     gradients, aims = {arm: store() for arm in WHY}, {block: [] for block in range(4)}
@@ -329,7 +382,7 @@ def why(given):
         rollouts, _, scores = star.reward_all(rolled[0], chosen, settings.group_size, reward, settings)
         advantages = star.group_advantages(scores[:, 0], settings.group_size)
         for block in aims:
-            aims[block].append(aim(rolled[block]))
+            aims[block].append(aim(rolled[block], given.task))
         for number, rollout in enumerate(rollouts):
             rollout.advantages = advantages[rollout.rows]
             maps = {arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in WHY.items()}
@@ -341,11 +394,9 @@ def why(given):
     print_signal(gradients, torch.tensor(star.step_weights(sigmas, settings.noise_level, trained)), sigmas)
     print_aim(aims, sigmas)
 
-
 def make_map(rollout, strength, hook):
     allocation = star.allocation_map(rollout.attention, strength)
     return HOOKS[hook](allocation) if hook else allocation
-
 
 def gradients_of(transformer, rollout, i, maps, sigmas, settings):
     """{arm: the objective's gradient [size] at step i of a microbatch}"""
@@ -358,7 +409,6 @@ def gradients_of(transformer, rollout, i, maps, sigmas, settings):
         parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         found[arm] = torch.cat([part.flatten() for part in parts])
     return found
-
 
 def print_signal(gradients, weights, sigmas):
     trained, plain = len(weights), next(iter(gradients.values()))
@@ -375,42 +425,45 @@ def print_signal(gradients, weights, sigmas):
     norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:-1]])
     print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | |")
 
-
 def signal(gradients, plain):
     total = plain.sum(0)
     cosines = [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
     return f"{statistics.mean(cosines):.3f} ± {statistics.stdev(cosines) / math.sqrt(len(cosines)):.3f}"
 
-
-def aim(rolled):
-    """By step: mean M on letters, blank sign and elsewhere, and the share of M on the sign."""
-    kinds = cells(torch.cat([images for _, images in rolled]))
+def aim(rolled, task):
+    """By step: mean M on each kind of token, the last one elsewhere, and the share of M on all kinds but that."""
+    kinds = cells(torch.cat([images for _, images in rolled]), task)
     maps = star.allocation_map(torch.cat([rollout.attention for rollout, _ in rolled], dim=1), 1.0)  # [K, B, P]
-    return [[*(m[kind].mean().item() for kind in kinds), (m[kinds[0] | kinds[1]].sum() / m.sum()).item()] for m in maps]
+    return [[*(m[kind].mean().item() for kind in kinds), 1 - (m[kinds[-1]].sum() / m.sum()).item()] for m in maps]
 
-
-def cells(images):
-    """Masks [B, P] over the 8 x 8 px tokens of images [B, 3, h, w] uint8: letters on the sign, blank sign, the rest."""
-    grey = images[:, :1].float() / 255
+def cells(images, task):
+    """Masks [B, P] over the 8 x 8 px tokens of images [B, 3, h, w] uint8. ocr: letters on the sign, blank sign, the
+    rest (only signs are that bright). geneval: objects by the pixel rule, the rest."""
+    if task == "geneval":
+        drawn = torch.zeros(len(images), 1, *images.shape[-2:])
+        for canvas, image in zip(drawn, images):
+            for left, top, right, bottom in (one[0] for found in pixel_rule(image).values() for one in found):
+                canvas[:, top:bottom, left:right] = 1
+        objects = F.avg_pool2d(drawn, 8).flatten(1) > 0.5
+        return objects, ~objects
+    grey = images.float().mean(1, keepdim=True) / 255
     mean, high = F.avg_pool2d(grey, 8).flatten(1), F.max_pool2d(grey, 8).flatten(1)
-    blank, letter = mean > 0.93, (high > 0.85) & (mean > 0.4) & (mean < 0.9)
+    blank, letter = mean > 0.86, (high > 0.86) & (mean > 0.35) & (mean < 0.86)
     return letter, blank, ~letter & ~blank
-
 
 def print_aim(aims, sigmas):
     trained = len(aims[0][0])
-    print("\n| mean M on letters / blanks / elsewhere, share on the sign | ", end="")
+    print("\n| mean M on each kind of token / elsewhere, share not elsewhere | ", end="")
     print(" | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained]) + " |\n" + "|---" * (trained + 1) + "|")
     for block, found in aims.items():
         mean = torch.tensor(found).mean(0).tolist()
-        rows = [" / ".join(f"{m:.1f}" for m in row[:3]) + f", {row[3]:.0%}" for row in mean]
+        rows = [" / ".join(f"{m:.1f}" for m in row[:-1]) + f", {row[-1]:.0%}" for row in mean]
         print(f"| block {block} | " + " | ".join(rows) + " |")
-
 
 def main():
     if sys.argv[1:2] == ["hooked"]:
         return run_hooked(sys.argv[2], sys.argv[3:])
-    commands = {command.__name__: command for command in (run, table, curves, pictures, why)}
+    commands = {command.__name__: command for command in (tune, run, grid, table, curves, pictures, why)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("command", choices=commands)
     parser.add_argument("names", nargs="*", help="run: which, as arm-seed")
@@ -418,13 +471,13 @@ def main():
     parser.add_argument("--old", action="store_true", help="the earlier version's runs, assets/runs/*.jsonl")
     parser.add_argument("--iterations", type=int, default=24, help="of every run [24]")
     parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
+    parser.add_argument("--prompts", type=Path, help="why: a file of other training prompts")
     parser.add_argument("--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="where runs work [runs/evidence]")
     parser.add_argument("--out", type=Path, help="curves, pictures: the file to write")
     given = parser.parse_args()
     given.work = given.work.resolve()
     commands[given.command](given)
-
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,13 @@
-"""Write the prompt files of the tasks tiny, ocr, geneval and pickscore.
+"""Write the prompt files of the tasks ocr, geneval and pickscore (those in tiny/ are assets/make_tiny.py's).
 
     python prompts/make_prompts.py            rewrite every file beside this script, bit for bit the same
     python prompts/make_prompts.py --check    exit 1, naming each file that differs from what would be written
 
-tiny/ocr/{train,test}.txt    a sign that says "CAT": three-letter words for the embedded model
 ocr/{train,test}.txt         scenes with one quoted text of 1 to 5 words
 geneval/{train,test}.jsonl   objects, counts, colors, positions, with the metadata the reward scores
 pickscore/{train,test}.txt   descriptions of pictures of all kinds
 
-Train and test are disjoint: no prompt in both; for tiny/ocr and ocr no quoted text in both (whatever its case); for geneval
+Train and test are disjoint: no prompt in both; for ocr no quoted text in both (whatever its case); for geneval
 no scene in both, however it is worded; for pickscore no subject in both. `check_properties` asserts this and the rest.
 
 Word lists use two marks: `{a|b}` is a choice, `;` separates entries.
@@ -60,41 +59,6 @@ def readings(text):
 
 def sentence(text):
     return text[:1].upper() + text[1:]
-
-
-# ---- tiny
-
-NOUNS = "sign wall card note flag door page book".split()
-WORDINGS = [  # at most 22 letters and marks without the spaces: the embedded model reads no more
-    'a {} that says "{}"', 'a {} that reads "{}"', 'a {} saying "{}"', 'the word "{1}" on a {0}', '"{1}" on a {0}',
-    'a {} with the word "{}"',
-]
-
-WORDS = """
-ACE ACT ADD AGE AGO AID AIM AIR ALL AND ANT ANY APT ARC ARE ARK ART ASH ASK BAG BAT BAY BED BEE BET BIB BIG BIN BOW BOX
-BOY BUD BUG BUN BUS BUT BUY CAB CAN CAP CAR CAT COT COW CRY CUB CUE CUP CUT DAD DAY DEW DIG DIM DIP DOE DOG DOT DRY DUO
-EAR EAT EEL EGG ELF ELK ELM END EYE FAN FAR FEW FEZ FIG FIN FIR FIT FIX FLY FOG FOR FOX FRY FUN FUR GAP GEM GET GNU GUM
-GYM HAT HAY HEN HER HIM HIS HOG HOP HOT HOW HUB HUE HUG HUM HUT ICE ICY INK INN ION IVY JAM JAR JAW JAY JET JIG JOB JOG
-JOT JOY JUG KEY KID KIN KIT KOI LAB LAW LAY LEG LET LID LIP LOG LOT LOW MAN MAP MAT MAY MEN MIX MOM MOP MUD MUG NAP NET
-NEW NOD NOT NOW NUT OAK OAT ODD OFF OIL OLD ONE ORB OUR OUT OWL OWN PAD PAL PAN PAW PAY PEA PEN PET PIE PIN PIT POD POP
-POT PUP PUT QUA RAG RAM RAN RAY RED RIB ROW RUG RUN SAW SAY SEA SEE SET SEW SHE SHY SIP SIT SIX SKI SKY SLY SON SPA SPY
-SUM SUN TAG TAN TAP TEA TEN THE TIE TIN TOE TOO TOP TOW TOY TRY TUB TUG TWO USE VAN VET VEX VOW WAG WAS WAX WAY WEB WET
-WHO WHY WIG WIN WIT WOK WON WOW YAK YAM YES YET YOU ZAP ZIP ZOO
-""".split()
-
-
-def make_tiny(rng, n_test=64):
-    """n_test words are held out, first one for each letter not yet covered; QUA, the only Q, stays in train."""
-    words = shuffled(rng, WORDS)
-    test = []
-    for letter in "ZXJVKFBGPHMWCYLDIUNSROTAE":  # rare letters first
-        if not any(letter in word for word in test):
-            test.append(next(word for word in words if letter in word and word != "QUA"))
-    test += [word for word in words if word not in test and word != "QUA"][:n_test - len(test)]
-    train = [word for word in words if word not in test]
-    nouns, wordings = deal(rng, NOUNS), deal(rng, WORDINGS)
-    parts = train, shuffled(rng, test)
-    return [[next(wordings).format(next(nouns), word) for word in part] for part in parts]
 
 
 # ---- geneval
@@ -621,12 +585,11 @@ def check_properties(files):
         assert all(line.isascii() and line == line.strip() and "  " not in line for line in lines), name
         assert len(set(lines)) == len(lines), name
         assert not any(re.search(r"\b[Aa] [aeio]|\b[Aa] u(?!n)|\b[Aa]n [^aeiou]", line) for line in lines), name
-    for task, suffix in (("tiny/ocr", "txt"), ("ocr", "txt"), ("geneval", "jsonl"), ("pickscore", "txt")):
+    for task, suffix in (("ocr", "txt"), ("geneval", "jsonl"), ("pickscore", "txt")):
         train, test = files[f"{task}/train.{suffix}"], files[f"{task}/test.{suffix}"]
         assert not set(train) & set(test), task
-        if task in ("tiny/ocr", "ocr"):
+        if task == "ocr":
             assert not set(map(quoted, train)) & set(map(quoted, test)), task
-    check_tiny(files["tiny/ocr/train.txt"], files["tiny/ocr/test.txt"])
     for line in files["ocr/train.txt"] + files["ocr/test.txt"]:
         assert 10 <= len(line.split()) <= 40 and 1 <= len(quoted(line).split()) <= 5, line
         assert re.fullmatch(r"[a-z0-9 '!&:.-]+", quoted(line)), line
@@ -638,14 +601,6 @@ def check_properties(files):
     for subject in (reading for _, text, *_ in fields_of(PICTURES) for reading in readings(text)):
         assert not (subject.lower() in train and subject.lower() in test), subject
     check_geneval(files["geneval/train.jsonl"], files["geneval/test.jsonl"])
-
-
-def check_tiny(train, test):
-    for lines in (train, test):
-        assert all(re.search('"[A-Z]{3}"', line) and len(line.replace(" ", "")) <= 22 for line in lines)
-        assert len(set(map(quoted, lines))) == len(lines)
-    assert len(test) == 64
-    assert [len(set("".join(map(quoted, lines)))) for lines in (train, test)] == [26, 25]  # no Q in test
 
 
 def check_geneval(train, test):
@@ -665,8 +620,8 @@ def check_geneval(train, test):
 def make_all():
     """{name: lines}; each task draws from a seed of its own, so that a change to one leaves the others as they are."""
     files = {}
-    for task, suffix, make, seed in (("tiny/ocr", "txt", make_tiny, 1), ("ocr", "txt", make_ocr, 2),
-                                     ("geneval", "jsonl", make_geneval, 3), ("pickscore", "txt", make_pickscore, 4)):
+    for task, suffix, make, seed in (("ocr", "txt", make_ocr, 2), ("geneval", "jsonl", make_geneval, 3),
+                                     ("pickscore", "txt", make_pickscore, 4)):
         files[f"{task}/train.{suffix}"], files[f"{task}/test.{suffix}"] = make(random.Random(seed))
     return files
 
