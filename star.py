@@ -863,7 +863,7 @@ def load_policy(settings, device):
             pipe.transformer.load_state_dict(weights)
     except Exception as error:  # whatever a loader says of what is not there, not whole or not what it should be
         what = f"--model {settings.model}" + f" --transformer {settings.transformer}" * bool(settings.transformer)
-        remedy = f"SD3.5 is gated: if need be, accept its licence at https://huggingface.co/{SD35}, then run `hf auth login`"
+        remedy = f"SD3.5 is gated: if need be accept its licence at https://huggingface.co/{SD35}, then `hf auth login`"
         raise BadInput(f"{what}: {one_line(error)} ({remedy})") from error
     if settings.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
