@@ -143,22 +143,19 @@ def train(arm, seed, given):
     return name
 
 def test_images(transformer, task, count=None):
-    """(prompts, images, rewards), one an image as star.py evaluates; without a transformer, by the embedded model's."""
+    """(prompts, images), one each as star.py evaluates; without a transformer, by the embedded model's."""
     chosen = ["--transformer", str(transformer)] if transformer else []
     settings = star.parse_settings(["--task", task, "--model", "tiny", *chosen])
     policy, copies = star.load_policy(settings, "cpu"), 4 if task == "geneval" and not count else 1
     prompts = star.load_prompts(settings.test_prompts, task)[:count]
     samples = star.sample(policy, prompts, copies, settings, star.EVALUATION, policy.sigmas(settings.eval_steps))
     images = torch.cat([images for _, images in samples])
-    prompts = [prompt for prompt in prompts for _ in range(copies)]
-    reward = star.make_reward(settings, "cpu")
-    scores = torch.cat([reward(image[None], [prompt]) for image, prompt in zip(images, prompts)])
-    return prompts, images, scores[:, 0].tolist()
+    return [prompt for prompt in prompts for _ in range(copies)], images
 
 def second_judge(transformer, task):
     """ocr: exact matches and character error rate under Tesseract. geneval: the score by the renderer's pixels."""
     if task == "geneval":
-        prompts, images, _ = test_images(transformer, task)
+        prompts, images = test_images(transformer, task)
         tags = {}
         for prompt, image in zip(prompts, images):
             verdict = star.geneval_scores(prompt.metadata, pixel_rule(image))[1]
@@ -166,7 +163,7 @@ def second_judge(transformer, task):
         return {"pixel_rule_score": statistics.mean(map(statistics.mean, tags.values()))}
     if task != "ocr" or not shutil.which("tesseract"):
         return {}
-    prompts, images, _ = test_images(transformer, task)
+    prompts, images = test_images(transformer, task)
     targets = [star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))]) for prompt in prompts]
     read = [star.normalise_text(tesseract(image)) for image in images]
     errors = [min(star.edit_distance(got, target) / len(target), 1) for got, target in zip(read, targets)]
@@ -333,11 +330,12 @@ def curves(given, width=960, height=460, low=0.45, high=0.95):
 
 def pictures(given, count=8):
     """The first test prompts by the embedded model and by the runs of seed 0."""
-    cells = []
+    cells, reward = [], star.make_reward(star.parse_settings(["--task", given.task, "--model", "tiny"]), "cpu")
     for arm in ("base", *SHOWN):
         folder = given.work / given.task / f"{arm}-0"
         if arm == "base" or (folder / "transformer").exists():
-            prompts, images, rewards = test_images(None if arm == "base" else folder, given.task, count)
+            prompts, images = test_images(None if arm == "base" else folder, given.task, count)
+            rewards = reward(images, prompts)[:, 0].tolist()
             captions = [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts, rewards)]
             cells += zip(images, captions)
     star.save_sheet(given.out or ROOT / "assets/methods.png", cells, columns=count, side=144)

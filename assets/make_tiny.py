@@ -1261,7 +1261,7 @@ def judge_preference(out, rewards, n):
     right = (better[:, 0] > worse[:, 0]).float().mean().item()
     yield (
         "preference",
-        {"n": n, "right": right, "s / 128": seconds, "score of right pictures": better[:, 1].mean().item()},
+        {"n": n, "right": right, "s / 128": seconds, "score of the better": better[:, 1].mean().item()},
     )
 
 def judge_base(out, rewards, n):
