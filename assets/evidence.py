@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
+ITERATIONS = {"ocr": 24, "geneval": 12}
 RATES, CLIPS = ("7.5e-5", "1.5e-4", "3e-4"), ("3e-4", "1e-3")
 GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
     **{f"tune-flow-grpo-{rate}-{clip}": f"--method flow-grpo --learning-rate {rate} --clip-range {clip}"
@@ -48,6 +49,7 @@ GRID = {  # the same number of runs for each method, on seed 100; chosen by the 
     **{f"tune-fdfo-{rate}-{churn}": f"--method fdfo --learning-rate {rate} --churn {churn}"
        for rate in ("1.5e-5", "3e-5", "6e-5") for churn in ("0.03", "0.1")},
 }  # fmt: skip
+SMALL = "--prompts-per-iteration 2 --iterations 96 --eval-every 16"  # a quarter of the images, four times as often
 ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
     "flow-grpo-9": ("--method flow-grpo --sde-window 9", 3, None),
@@ -59,6 +61,8 @@ ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "star-shuffled": ("", 3, "shuffled"),
     "star-static": ("", 3, "static"),
     "fdfo": ("--method fdfo", 3, None),
+    "star-small": (SMALL, 3, None),
+    "star-uniform-small": (f"{SMALL} --allocation-strength 0", 3, None),
 }
 OLD_ARMS = (  # assets/runs/*.jsonl, see README.md beside this file
     "flow-grpo-none", "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "star-uniform",
@@ -94,7 +98,8 @@ def run_hooked(hook, arguments):
 
 def run(given):
     """Seed by seed over all arms, so that an interrupted evening still compares every arm."""
-    jobs = [(arm, seed) for seed in range(5) for arm, (_, seeds, _) in ARMS.items() if seed < seeds]
+    arms = {arm: seeds for arm, (how, seeds, _) in ARMS.items() if given.task == "ocr" or SMALL not in how}
+    jobs = [(arm, seed) for seed in range(5) for arm, seeds in arms.items() if seed < seeds]
     start(jobs, given)
 
 def tune(given):
@@ -118,7 +123,8 @@ def train(arm, seed, given):
     name, (options, _, hook) = f"{arm}-{seed}", ARMS.get(arm) or (GRID[arm], 1, None)
     out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    how = f"--task {given.task} --model tiny --iterations {given.iterations} --eval-every 4 --seed {seed}"
+    iterations = given.iterations or ITERATIONS[given.task]
+    how = f"--task {given.task} --model tiny --iterations {iterations} --eval-every 4 --seed {seed}"
     arguments = [*how.split(), *options.split(), *["--resume"] * (out / "config.json").exists(), "--out", str(out)]
     start = [__file__, "hooked", hook] if hook else ["star.py"]
     with open(out.parent / f"{name}.log", "a") as log:
@@ -219,7 +225,10 @@ def load(given):
     found = {}
     for name, path in sorted(paths.items()):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found.setdefault(name.rsplit("-", 1)[0], []).append(lines)
+        arm = name.rsplit("-", 1)[0]
+        for line in lines if arm.endswith("small") else ():
+            line["iteration"] //= 4  # of as many images as the others'
+        found.setdefault(arm, []).append(lines)
     if not found:
         sys.exit(f"no runs in {given.runs if given.old else results(given)}")
     return {arm: found[arm] for arm in (OLD_ARMS if given.old else ARMS) if arm in found}
@@ -362,12 +371,12 @@ def why(given):
     uniform one's. Every map is divided by its own norm, as --step-weights equal does; "all" is over the steps, weighted
     equally. Aim: mean M on the tokens of what is drawn (ocr: letters, blanks of the sign; geneval: objects), elsewhere,
     and the share of M that is not elsewhere. The references share batches, so the cosines' standard errors are too
-    small. --prompts FILE takes other prompts: shorter words, fewer objects.
+    small. --core N takes only prompts of N letters or objects.
     """
-    chosen = ["--train-prompts", str(given.prompts)] if given.prompts else []
-    settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split(), *chosen])
+    settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split()])
     policy, reward = star.load_policy(settings, "cpu"), star.make_reward(settings, "cpu")
     prompts, sigmas = star.load_prompts(settings.train_prompts, given.task), policy.sigmas(settings.sampling_steps)
+    prompts = [prompt for prompt in prompts if given.core in (None, core_size(prompt))]
     trained, size = settings.trained_steps, sum(p.numel() for p in policy.transformer.parameters())
     store = lambda: torch.zeros(given.batches, trained, size, dtype=torch.bfloat16)  # half the memory, the same cosines
     gradients, aims = {arm: store() for arm in WHY}, {block: [] for block in range(4)}
@@ -391,6 +400,13 @@ def why(given):
         print(f"batch {batch + 1} of {given.batches}", file=sys.stderr, flush=True)
     print_signal(gradients, torch.tensor(star.step_weights(sigmas, settings.noise_level, trained)), sigmas)
     print_aim(aims, sigmas)
+
+def core_size(prompt):
+    """How many letters or objects a prompt asks for."""
+    if prompt.metadata:
+        return sum(clause["count"] for clause in prompt.metadata["include"])
+    start, end = star.quoted_span(prompt.text)
+    return end - start
 
 def make_map(rollout, strength, hook):
     allocation = star.allocation_map(rollout.attention, strength)
@@ -467,9 +483,9 @@ def main():
     parser.add_argument("names", nargs="*", help="run: which, as arm-seed")
     parser.add_argument("--task", default="ocr", help="[ocr]")
     parser.add_argument("--old", action="store_true", help="the earlier version's runs, assets/runs/*.jsonl")
-    parser.add_argument("--iterations", type=int, default=24, help="of every run [24]")
+    parser.add_argument("--iterations", type=int, help="of every run [ocr 24, geneval 12]")
     parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
-    parser.add_argument("--prompts", type=Path, help="why: a file of other training prompts")
+    parser.add_argument("--core", type=int, help="why: only prompts of so many letters or objects")
     parser.add_argument("--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="where runs work [runs/evidence]")
     parser.add_argument("--out", type=Path, help="curves, pictures: the file to write")
