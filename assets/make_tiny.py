@@ -56,8 +56,8 @@ COLOURS = {
 }  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-DENOISER_STEPS = 16000  # of 32 pictures
-GUIDANCE = 2  # learned in the last tenth of them: rewards are then lifted without a second, unguided pass
+DENOISER_STEPS = 15300  # of 32 pictures
+GUIDANCE = 1.25  # learned in the last tenth of them: one pass then draws what would take two
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FAULTS = {  # the share of training pictures' parts that are wrong, so that the base model is poor and knows it all
     "letter missing": 0.36,
