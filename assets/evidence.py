@@ -40,7 +40,6 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
-ITERATIONS = {"ocr": 24, "geneval": 12}
 RATES, CLIPS = ("3.75e-5", "7.5e-5", "1.5e-4"), ("2e-5", "1e-3")
 GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
     **{f"tune-flow-grpo-{rate}-{clip}": f"--method flow-grpo --learning-rate {rate} --clip-range {clip}"
@@ -125,8 +124,8 @@ def train(arm, seed, given):
     name, (options, _, hook) = f"{arm}-{seed}", ARMS.get(arm) or (GRID[arm], 1, None)
     out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    iterations = given.iterations or ITERATIONS[given.task]
-    how = f"--task {given.task} --model tiny --iterations {iterations} --eval-every 4 --seed {seed}"
+    how = f"--task {given.task} --model tiny --eval-every 4 --seed {seed}"
+    how += f" --iterations {given.iterations}" if given.iterations else ""
     arguments = [*how.split(), *options.split(), *["--resume"] * (out / "config.json").exists(), "--out", str(out)]
     start = [__file__, "hooked", hook] if hook else ["star.py"]
     with open(out.parent / f"{name}.log", "a") as log:
@@ -485,7 +484,7 @@ def main():
     parser.add_argument("names", nargs="*", help="run: which, as arm-seed")
     parser.add_argument("--task", default="ocr", help="[ocr]")
     parser.add_argument("--old", action="store_true", help="the earlier version's runs, assets/runs/*.jsonl")
-    parser.add_argument("--iterations", type=int, help="of every run [ocr 24, geneval 12]")
+    parser.add_argument("--iterations", type=int, help="of every run [the embedded model's]")
     parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
     parser.add_argument("--core", type=int, help="why: only prompts of so many letters or objects")
     parser.add_argument("--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]")

@@ -858,14 +858,14 @@ def make_denoiser(out, work):
         prediction = transformer(noisy, embeddings[:-1], pooled[:-1], timestep, return_dict=False)[0]
         if late:  # Guidance, learned: without any it draws as it would with GUIDANCE (as in arXiv 2502.12154).
             with torch.no_grad():
-                empty = embeddings[-1:].expand(32, -1, -1), pooled[-1:].expand(32, -1)
+                empty = embeddings[-1:].expand(len(data), -1, -1), pooled[-1:].expand(len(data), -1)
                 blind = transformer(noisy, *empty, timestep, return_dict=False)[0]
                 target = target + (1 - 1 / GUIDANCE) * (prediction - blind)
         return (F.mse_loss(prediction, target),)
 
     matrices = lambda name: name.startswith("transformer_blocks") and "norm" not in name
     train("denoiser", transformer, loss_of, steps, 1.5e-3, work, matrix_rate=4.5e-3, matrices=matrices, average=0.998)
-    vae.to(memory_format=torch.contiguous_format)
+    vae.to(memory_format=torch.contiguous_format).register_to_config(_name_or_path="vae")  # not this machine's path
     pipe.save_pretrained(out)
 
 # --- detector ---------------------------------------------------------------------------------------------------------
