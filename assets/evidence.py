@@ -5,15 +5,16 @@
                                               like, it goes on where it was
     python assets/evidence.py run star-0      the runs named, arm-seed
     python assets/evidence.py grid            a table of the tuning runs
-    python assets/evidence.py table           a table of assets/runs/<task>/; --old: of the earlier version's runs
-    python assets/evidence.py curves          learning curves, into assets/curves.png; --old likewise
-    python assets/evidence.py pictures        the same words by each method, of runs/evidence/, into assets/methods.png
+    python assets/evidence.py table           two tables of assets/runs/<task>/: every arm, and every comparison
+    python assets/evidence.py curves          learning curves of both tasks, into assets/curves.png
+    python assets/evidence.py pictures        the same prompts by each method, of runs/evidence/, as methods-TASK.png
     python assets/evidence.py why             the gradient's signal and the maps' aim, by arm and denoising step
 
---task says of which task. A run leaves assets/runs/<task>/<arm>-<seed>/ with metrics.jsonl and config.json, which has
-the git revision. The second judge, which training never sees, is for ocr Tesseract (Debian package tesseract-ocr),
-where it is installed, and for geneval a comparison with the renderer's own pictures, pixel by pixel.
---iterations, --batches, --runs, --work and --out are for trying this script without touching what is there.
+--task says of which task (table: also grey, an earlier model's few). A run leaves assets/runs/<task>/<arm>-<seed>/ with
+metrics.jsonl and config.json, which has the git revision. The second judge, which training never sees, is for ocr
+Tesseract (Debian package tesseract-ocr), where it is installed, and for geneval a comparison with the renderer's own
+pictures, pixel by pixel. --iterations, --batches, --runs, --work and --out are for trying this script without touching
+what is there.
 """
 
 import argparse
@@ -40,11 +41,10 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
-RATES, CLIPS = ("3.75e-5", "7.5e-5", "1.5e-4"), ("2e-5", "1e-3")
+POINTS = [(rate, clip) for rate in ("3.75e-5", "7.5e-5", "1.5e-4") for clip in ("2e-5", "1e-3")] + [("3e-4", "1e-3")]
 GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
-    **{f"tune-flow-grpo-{rate}-{clip}": f"--method flow-grpo --learning-rate {rate} --clip-range {clip}"
-       for rate in RATES for clip in CLIPS},
-    **{f"tune-star-{rate}-{clip}": f"--learning-rate {rate} --clip-range {clip}" for rate in RATES for clip in CLIPS},
+    **{f"tune-{method}-{rate}-{clip}": f"--method {method} --learning-rate {rate} --clip-range {clip}"
+       for method in ("flow-grpo", "star") for rate, clip in POINTS},
     **{f"tune-fdfo-{rate}-{churn}": f"--method fdfo --learning-rate {rate} --churn {churn}"
        for rate in ("1.5e-5", "3e-5", "6e-5") for churn in ("0.03", "0.1")},
 }  # fmt: skip
@@ -63,13 +63,20 @@ ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "star-small": (SMALL, 3, None),
     "star-uniform-small": (f"{SMALL} --allocation-strength 0", 3, None),
 }
-OLD_ARMS = (  # assets/runs/*.jsonl, see README.md beside this file
-    "flow-grpo-none", "flow-grpo", "flow-grpo-clip-3e-4", "flow-grpo-clip-1e-3", "flow-grpo-lr-3e-4", "star-uniform",
-    "star", "star-shuffled", "star-static", "star-strength-0.5", "star-strength-0.25", "star-lr-3e-4",
-    "star-uniform-none", "star-none", "fdfo", "fdfo-attention",
-)  # fmt: skip
-LABELS = {"flow-grpo-none": "flow-grpo, unweighted", "star-none": "star, unweighted",
-          "star-uniform-none": "star-uniform, unweighted", "fdfo-attention": "fdfo with maps"}  # fmt: skip
+COMPARED = {  # one change each, fixed before the first run: (arm, arm without it)
+    "equal step weights (nine steps)": ("flow-grpo-9", "flow-grpo-published"),
+    "four steps, not nine (flow-grpo)": ("flow-grpo", "flow-grpo-9"),
+    "four steps, not nine (star)": ("star", "star-9"),
+    "star, not flow-grpo (four steps)": ("star", "flow-grpo"),
+    "star, not flow-grpo (nine steps)": ("star-9", "flow-grpo-9"),
+    "the map alone (ratio by region)": ("star", "star-uniform"),
+    "the map alone (ratio of the image)": ("star-image", "flow-grpo"),
+    "ratio by region, not of the image": ("star", "star-image"),
+    "the map's places, not shuffled": ("star", "star-shuffled"),
+    "the map's times, not static": ("star", "star-static"),
+    "the map, in small iterations": ("star-small", "star-uniform-small"),
+    "fdfo, not flow-grpo": ("fdfo", "flow-grpo"),
+}
 
 # --- controls: star.allocation_map, but with the maps in wrong places, or without their steps -------------------------
 
@@ -100,6 +107,9 @@ def run(given):
     arms = {arm: seeds for arm, (how, seeds, _) in ARMS.items() if given.task == "ocr" or SMALL not in how}
     jobs = [(arm, seed) for seed in range(5) for arm, seeds in arms.items() if seed < seeds]
     start(jobs, given)
+    base = results(given) / "base.json"
+    if not base.exists():
+        base.write_text(json.dumps(second_judge(None, given.task)))
 
 def tune(given):
     """One run for every point of the grid."""
@@ -220,19 +230,19 @@ def tesseract(image):
 # --- table ------------------------------------------------------------------------------------------------------------
 
 def load(given):
-    """{arm: [lines of metrics.jsonl, ...], one a seed}, in the order of the arms."""
-    old = {path.stem: path for path in given.runs.glob("*.jsonl")}
-    paths = old if given.old else {path.parent.name: path for path in results(given).glob("*/metrics.jsonl")}
+    """{arm: [lines of metrics.jsonl, ...], one a seed}, in the order of ARMS, other arms after them."""
     found = {}
-    for name, path in sorted(paths.items()):
+    for path in sorted(results(given).glob("*/metrics.jsonl")):
+        arm = path.parent.name.rsplit("-", 1)[0]
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        arm = name.rsplit("-", 1)[0]
         for line in lines if arm.endswith("small") else ():
             line["iteration"] //= 4  # of as many images as the others'
-        found.setdefault(arm, []).append(lines)
+        if not arm.startswith("tune-"):
+            found.setdefault(arm, []).append(lines)
     if not found:
-        sys.exit(f"no runs in {given.runs if given.old else results(given)}")
-    return {arm: found[arm] for arm in (OLD_ARMS if given.old else ARMS) if arm in found}
+        sys.exit(f"no runs in {results(given)}")
+    order = [*ARMS, *found]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 def curve(lines):
     return {line["iteration"]: line["eval_reward"] for line in lines if "eval_reward" in line}
@@ -256,47 +266,43 @@ def difference(values, reference):
     p = ttest_ind(values, reference, equal_var=False).pvalue
     return f"{apart:+.3f} (SE {error:.3f}, p {max(p, 0.001):.3f})"
 
-def reached(runs, goal):
-    """Images until the test reward first reaches the goal, between evaluations on a straight line. Only where every
-    seed arrives: a mean over those that did would favour arms of which some did not."""
-    found = []
-    for lines in runs:
-        points = list(curve(lines).items())
-        for (before, low), (after, high) in zip(points, points[1:]):
-            if high >= goal:
-                found.append(IMAGES * (before + (after - before) * (goal - low) / (high - low)))
-                break
-    if len(found) < len(runs):
-        return f"{len(found)} of {len(runs)} got there"
-    return f"{statistics.mean(found):.0f}" + (f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else "")
+SCORES = {  # beside the mean: {heading: column}
+    "ocr": {"final": "eval_reward", "exact": "eval_exact", "Tesseract exact": "tesseract_exact",
+            "Tesseract CER": "tesseract_error_rate"},
+    "geneval": {"final": "eval_reward", "final score": "eval_score", "pixel rule's score": "pixel_rule_score"},
+}  # fmt: skip
 
 def table(given):
-    found = load(given)
-    reference = [area(lines) for lines in found.get("flow-grpo", [])]
-    scores = {"final": "eval_reward", "exact": "eval_exact", "Tesseract exact": "tesseract_exact",
-              "Tesseract CER": "tesseract_error_rate"}  # fmt: skip
-    if given.task == "geneval":
-        scores = {"final": "eval_reward", "final score": "eval_score", "pixel rule's score": "pixel_rule_score"}
-    names = ["arm", "n", "mean", "over flow-grpo's", *scores, "clipped", "images to 0.75", "s an iteration"]
-    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
+    found, scores = load(given), SCORES.get(given.task, SCORES["ocr"])
+    heading("arm", "n", "mean", *scores, "clipped", "s an iteration")
+    base = results(given) / "base.json"
+    if base.exists():
+        first = next(iter(found.values()))[0][0] | json.loads(base.read_text())
+        print("| before | |", *(f"| {first[name]:.3f}" for name in ("eval_reward", *scores.values())), "| | |")
     for arm, runs in found.items():
-        areas, last = [area(lines) for lines in runs], [lines[-1] for lines in runs]
-        trained = [line for lines in runs for line in lines[1:]]
-        seconds = [sum(value for name, value in line.items() if name.startswith("seconds")) for line in trained]
-        columns = [
-            spread(areas),
-            difference(areas, reference) if reference and arm != "flow-grpo" else "",
-            *(spread([line.get(name) for line in last]) for name in scores.values()),
-            f"{statistics.mean(line['clip_high'] + line['clip_low'] for line in trained):.1%}",
-            reached(runs, 0.75),
-            f"{statistics.median(seconds):.1f}",
-        ]
-        print(f"| {LABELS.get(arm, arm)} | {len(runs)} | {' | '.join(columns)} |")
+        last, trained = [lines[-1] for lines in runs], [line for lines in runs for line in lines[1:]]
+        columns = [spread([line.get(name) for line in last]) for name in scores.values()]
+        clipped = statistics.mean(line["clip_high"] + line["clip_low"] for line in trained)
+        seconds = statistics.median(line["seconds_sampling"] + line["seconds_update"] for line in trained)
+        columns = [spread([area(lines) for lines in runs]), *columns, f"{clipped:.1%}", f"{seconds:.1f}"]
+        print(f"| {arm} | {len(runs)} | {' | '.join(columns)} |")
+    print()
+    heading("what changes", "mean", *scores)
+    for change, (arm, without) in COMPARED.items():
+        if arm in found and without in found:
+            pair = found[arm], found[without]
+            columns = [difference(*([area(lines) for lines in runs] for runs in pair))]
+            for name in scores.values():
+                values = [[lines[-1][name] for lines in runs if name in lines[-1]] for runs in pair]
+                columns.append(difference(*values) if all(values) else "")
+            print(f"| {change} | {' | '.join(columns)} |")
+
+def heading(*names):
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
 
 def grid(given):
     """The tuning runs: mean training reward, by which the settings are chosen, and for the record mean test reward."""
-    print("| method | learning rate | clip range (fdfo: churn) | training reward | test reward | clipped |")
-    print("|---" * 6 + "|")
+    heading("method", "learning rate", "clip range (fdfo: churn)", "training reward", "test reward", "clipped")
     for arm in GRID:
         path = results(given) / f"{arm}-100/metrics.jsonl"
         if path.exists():
@@ -308,35 +314,44 @@ def grid(given):
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-SHOWN = ("flow-grpo-published", "flow-grpo", "star", "star-image", "star-uniform", "star-shuffled", "fdfo")
-SHOWN_OLD = ("flow-grpo-none", "flow-grpo", "star", "star-uniform", "star-shuffled", "star-static", "fdfo")
-COLOURS = "#000000 #7f7f7f #d62728 #ff7f0e #1f77b4 #2ca02c #9467bd".split()
+SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#8c8c8c", "star": "#d62728", "star-shuffled": "#2ca02c",
+         "fdfo": "#1f77b4"}  # fmt: skip
 
-def curves(given, width=960, height=460, low=0.45, high=0.95):
-    """Mean test reward over images seen, one line an arm, the standard error as a bar."""
-    found = load(given)
-    runs = {arm: [curve(lines) for lines in found[arm]] for arm in (SHOWN_OLD if given.old else SHOWN) if arm in found}
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    last = max(iteration for points in runs.values() for c in points for iteration in c)
-    x = lambda iteration: 60 + iteration / last * (width - 340)
-    y = lambda value: height - 50 - (value - low) / (high - low) * (height - 80)
-    for tick in range(round(low * 20), round(high * 20) + 1):
-        draw.line([(60, y(tick / 20)), (width - 280, y(tick / 20))], fill="#dddddd")
-        draw.text((16, y(tick / 20) - 9), f"{tick / 20:.2f}", fill="black", font=font)
-    for iteration in next(iter(runs.values()))[0]:
-        draw.text((x(iteration) - 14, height - 46), str(iteration * IMAGES), fill="black", font=font)
-    draw.text((120, height - 24), "images seen (test reward: mean and standard error)", fill="black", font=font)
-    for index, ((arm, points), colour) in enumerate(zip(runs.items(), COLOURS)):
-        means = {it: statistics.mean(c[it] for c in points) for it in points[0]}
-        draw.line([(x(it), y(value)) for it, value in means.items()], fill=colour, width=3)
-        for it in means if len(points) > 1 else ():
-            error = statistics.stdev(c[it] for c in points) / math.sqrt(len(points))
-            draw.line([(x(it), y(means[it] - error)), (x(it), y(means[it] + error))], fill=colour)
-        draw.line([(width - 265, 40 + index * 26), (width - 235, 40 + index * 26)], fill=colour, width=3)
-        label = f"{LABELS.get(arm, arm)} (n = {len(points)})"
-        draw.text((width - 226, 31 + index * 26), label, fill="black", font=font)
+def curves(given, side=600, height=620, top=60, bottom=170):
+    """Test reward over images seen, a panel a task, a band an arm: mean and standard error of its seeds."""
+    sheet = Image.new("RGB", (2 * side, height), "white")
+    draw, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(size=26)
+    for panel, given.task in enumerate(("ocr", "geneval")):
+        bands = {arm: band([curve(lines) for lines in runs]) for arm, runs in load(given).items() if arm in SHOWN}
+        low = math.floor(10 * min(mean - error for points in bands.values() for _, mean, error in points)) / 10
+        high = math.ceil(10 * max(mean + error for points in bands.values() for _, mean, error in points)) / 10
+        last, left = max(points[-1][0] for points in bands.values()), panel * side + 80
+        x = lambda iteration: left + iteration / last * (side - 120)
+        y = lambda value: height - bottom - (value - low) / (high - low) * (height - bottom - top)
+        draw.text((left, 14), f"{given.task}: test reward", fill="black", font=font)
+        for tick in range(round(10 * low), round(10 * high) + 1):
+            draw.line([(left, y(tick / 10)), (x(last), y(tick / 10))], fill="#dddddd", width=2)
+            draw.text((left - 12, y(tick / 10)), f"{tick / 10:.1f}", fill="black", font=font, anchor="rm")
+        for iteration in range(0, last + 1, last // 3):
+            place = (x(iteration), height - bottom + 8)
+            draw.text(place, f"{iteration * IMAGES}", fill="black", font=font, anchor="ma")
+        for arm, points in bands.items():
+            edge = [(x(it), y(mean + error)) for it, mean, error in points]
+            edge += [(x(it), y(mean - error)) for it, mean, error in reversed(points)]
+            draw.polygon(edge, fill=SHOWN[arm] + "40")
+            draw.line([(x(it), y(mean)) for it, mean, _ in points], fill=SHOWN[arm], width=5)
+    draw.text((side, height - 116), "images seen", fill="black", font=font, anchor="ma")
+    for index, (arm, colour) in enumerate(SHOWN.items()):
+        place = (40 + index % 3 * 390, height - 78 + index // 3 * 36)
+        draw.line([(place[0], place[1] + 16), (place[0] + 44, place[1] + 16)], fill=colour, width=8)
+        draw.text((place[0] + 56, place[1]), arm, fill="black", font=font)
     sheet.save(given.out or ROOT / "assets/curves.png")
+
+def band(runs):
+    """[(iteration, mean, standard error), ...] of the seeds' curves"""
+    points = [(iteration, [run[iteration] for run in runs]) for iteration in runs[0]]
+    error = lambda values: statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return [(iteration, statistics.mean(values), error(values)) for iteration, values in points]
 
 def pictures(given, count=8):
     """The first test prompts by the embedded model and by the runs of seed 0."""
@@ -348,7 +363,8 @@ def pictures(given, count=8):
             rewards = reward(images, prompts)[:, 0].tolist()
             captions = [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts, rewards)]
             cells += zip(images, captions)
-    star.save_sheet(given.out or ROOT / "assets/methods.png", cells, columns=count, side=144)
+    out = given.out or ROOT / f"assets/methods-{given.task}.png"
+    star.save_sheet(out, cells, columns=count, side=144)
 
 # --- why --------------------------------------------------------------------------------------------------------------
 
@@ -364,6 +380,8 @@ WHY = {  # block, strength, hook: one set of rollouts, each of these maps on it
     "block 3, shuffled": (3, 1.0, "shuffled"),
 }
 
+CORE = ("uniform (Flow-GRPO's gradient)", "block 3 (the default)", "block 3, shuffled")  # all that --core looks at
+
 def why(given):
     """Which maps carry more signal an image, at the embedded model, on training prompts? By denoising step.
 
@@ -372,28 +390,29 @@ def why(given):
     uniform one's. Every map is divided by its own norm, as --step-weights equal does; "all" is over the steps, weighted
     equally. Aim: mean M on the tokens of what is drawn (ocr: letters, blanks of the sign; geneval: objects), elsewhere,
     and the share of M that is not elsewhere. The references share batches, so the cosines' standard errors are too
-    small. --core N takes only prompts of N letters or objects.
+    small; differences are taken batch by batch. --core N takes only prompts of N letters or objects, and fewer maps.
     """
     settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split()])
     policy, reward = star.load_policy(settings, "cpu"), star.make_reward(settings, "cpu")
     prompts, sigmas = star.load_prompts(settings.train_prompts, given.task), policy.sigmas(settings.sampling_steps)
     prompts = [prompt for prompt in prompts if given.core in (None, core_size(prompt))]
     trained, size = settings.trained_steps, sum(p.numel() for p in policy.transformer.parameters())
+    arms = {arm: WHY[arm] for arm in (CORE if given.core else WHY)}
     store = lambda: torch.zeros(given.batches, trained, size, dtype=torch.bfloat16)  # half the memory, the same cosines
-    gradients, aims = {arm: store() for arm in WHY}, {block: [] for block in range(4)}
+    gradients, aims = {arm: store() for arm in arms}, {block: [] for block, *_ in arms.values()}
     for batch in range(given.batches):
         chosen, key = star.pick_prompts(prompts, settings, 1000 + batch), (settings.seed, 1000 + batch)
-        rolled = []  # by block: the same images every time, with that block's attention
+        rolled = {}  # by block: the same images every time, with that block's attention
         for block in aims:
             how = dataclasses.replace(settings, attention_blocks=str(block))
-            rolled.append(list(star.sample(policy, chosen, how.group_size, how, key, sigmas, trained, trained)))
-        rollouts, _, scores = star.reward_all(rolled[0], chosen, settings.group_size, reward, settings)
+            rolled[block] = list(star.sample(policy, chosen, how.group_size, how, key, sigmas, trained, trained))
+        rollouts, _, scores = star.reward_all(rolled[3], chosen, settings.group_size, reward, settings)
         advantages = star.group_advantages(scores[:, 0], settings.group_size)
         for block in aims:
             aims[block].append(aim(rolled[block], given.task))
         for number, rollout in enumerate(rollouts):
             rollout.advantages = advantages[rollout.rows]
-            maps = {arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in WHY.items()}
+            maps = {arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in arms.items()}
             for i in range(trained):
                 found = gradients_of(policy.transformer, rollout, i, maps, sigmas, settings)
                 for arm, gradient in found.items():
@@ -426,24 +445,33 @@ def gradients_of(transformer, rollout, i, maps, sigmas, settings):
     return found
 
 def print_signal(gradients, weights, sigmas):
-    trained, plain = len(weights), next(iter(gradients.values()))
-    heading = " | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained])
-    print(f"| maps | {heading} | all |\n" + "|---" * (trained + 2) + "|")
+    trained, plain, window = len(weights), next(iter(gradients.values())), star.Settings.sde_window
+    heading("maps", *(f"{sigma:.2f}" for sigma in sigmas[:trained]), f"first {window}", "all")
     views = [lambda g, i=i: g[:, i].float() for i in range(trained)]  # [batches, size] of one step, ...
-    views.append(lambda g: torch.stack([(one.float() * weights[:, None]).sum(0) for one in g]))  # ... and of all
-    for arm, g in gradients.items():
-        print(f"| {arm} | " + " | ".join(signal(view(g), view(plain)) for view in views) + " |")
+    for steps in (window, trained):  # ... and of several
+        part = weights[:steps, None]
+        views.append(lambda g, part=part: torch.stack([(one[: len(part)].float() * part).sum(0) for one in g]))
+    cosines = {arm: [signal(view(g), view(plain)) for view in views] for arm, g in gradients.items()}
+    uniform = next(iter(cosines.values()))
+    for arm, found in cosines.items():
+        print(f"| {arm} | " + " | ".join(map(mean_error, found)) + " |")
+    for arm, found in list(cosines.items())[1:]:
+        apart = [[one - other for one, other in zip(*pair)] for pair in zip(found, uniform)]
+        print(f"| {arm}, less uniform's | " + " | ".join(map(mean_error, apart)) + " |")
     own = [view(plain).var(0).sum() for view in views]
     for arm, g in gradients.items():
         noise = [view(g).var(0).sum() / variance for view, variance in zip(views, own)]
         print(f"| {arm}, variance over uniform's | " + " | ".join(f"{value:.2f}" for value in noise) + " |")
-    norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:-1]])
-    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | |")
+    norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:trained]])
+    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | | |")
 
 def signal(gradients, plain):
+    """Each batch's cosine to the sum of the others' uniform gradients."""
     total = plain.sum(0)
-    cosines = [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
-    return f"{statistics.mean(cosines):.3f} ± {statistics.stdev(cosines) / math.sqrt(len(cosines)):.3f}"
+    return [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
+
+def mean_error(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 def aim(rolled, task):
     """By step: mean M on each kind of token, the last one elsewhere, and the share of M on all kinds but that."""
@@ -467,7 +495,7 @@ def cells(images, task):
     return letter, blank, ~letter & ~blank
 
 def print_aim(aims, sigmas):
-    trained = len(aims[0][0])
+    trained = len(aims[3][0])
     print("\n| mean M on each kind of token / elsewhere, share not elsewhere | ", end="")
     print(" | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained]) + " |\n" + "|---" * (trained + 1) + "|")
     for block, found in aims.items():
