@@ -42,20 +42,20 @@ from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
 POINTS = [(rate, clip) for rate in ("3.75e-5", "7.5e-5", "1.5e-4") for clip in ("2e-5", "1e-3")] + [("3e-4", "1e-3")]
-GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
+GRID = {  # the same runs for star and flow-grpo, on seed 100; chosen by the mean training reward
     **{f"tune-{method}-{rate}-{clip}": f"--method {method} --learning-rate {rate} --clip-range {clip}"
        for method in ("flow-grpo", "star") for rate, clip in POINTS},
     **{f"tune-fdfo-{rate}-{churn}": f"--method fdfo --learning-rate {rate} --churn {churn}"
        for rate in ("1.5e-5", "3e-5", "6e-5") for churn in ("0.03", "0.1")},
 }  # fmt: skip
-SMALL = "--prompts-per-iteration 2 --iterations 96 --eval-every 16"  # a quarter of the images, four times as often
+SMALL = "--prompts-per-iteration 2 --batch-size 16 --iterations 96 --eval-every 16"  # 32 images, four times as often
 ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
     "flow-grpo-9": ("--method flow-grpo --sde-window 9", 3, None),
     "flow-grpo": ("--method flow-grpo", 5, None),
     "star-9": ("--sde-window 9", 3, None),
     "star": ("", 5, None),
-    "star-image": ("--ratio image --clip-range 3e-4", 5, None),
+    "star-image": ("--ratio image", 5, None),
     "star-uniform": ("--allocation-strength 0", 3, None),
     "star-shuffled": ("", 3, "shuffled"),
     "star-static": ("", 3, "static"),
@@ -63,12 +63,13 @@ ARMS = {  # (options beside the tiny model's defaults, number of seeds, hook)
     "star-small": (SMALL, 3, None),
     "star-uniform-small": (f"{SMALL} --allocation-strength 0", 3, None),
 }
-COMPARED = {  # one change each, fixed before the first run: (arm, arm without it)
+COMPARED = {  # fixed before the first arm was run: (arm, arm that it is compared with)
     "equal step weights (nine steps)": ("flow-grpo-9", "flow-grpo-published"),
     "four steps, not nine (flow-grpo)": ("flow-grpo", "flow-grpo-9"),
     "four steps, not nine (star)": ("star", "star-9"),
     "star, not flow-grpo (four steps)": ("star", "flow-grpo"),
     "star, not flow-grpo (nine steps)": ("star-9", "flow-grpo-9"),
+    "ratio by region, without a map": ("star-uniform", "flow-grpo"),
     "the map alone (ratio by region)": ("star", "star-uniform"),
     "the map alone (ratio of the image)": ("star-image", "flow-grpo"),
     "ratio by region, not of the image": ("star", "star-image"),
@@ -82,13 +83,14 @@ COMPARED = {  # one change each, fixed before the first run: (arm, arm without i
 
 def shuffled(allocation):
     """Every map [..., P] permuted over space: the same weights in wrong places. The order is a function of the maps, so
-    that it does not depend on history and a resumed run draws it again."""
+    that it does not depend on history and a resumed run draws it again; another one for every step."""
     generator = star.generator("shuffled", allocation.double().square().sum().item())
     order = torch.rand(allocation.shape, generator=generator).argsort(-1)
     return allocation.gather(-1, order)
 
 def static(allocation):
-    """Each sample's maps [K, B, P] averaged over the steps: the places, without the temporal part."""
+    """Each sample's maps [K, B, P] averaged over the steps: the places, without the temporal part. The first steps get
+    the later ones' places, which are better than their own: a control with foresight."""
     return allocation.mean(0, keepdim=True).expand_as(allocation).contiguous()
 
 HOOKS = {"shuffled": shuffled, "static": static}
@@ -104,11 +106,13 @@ def run_hooked(hook, arguments):
 
 def run(given):
     """Seed by seed over all arms, so that an interrupted evening still compares every arm."""
+    if given.task == "ocr" and not shutil.which("tesseract"):
+        sys.exit("Tesseract, the second judge, is missing: apt-get install tesseract-ocr")
     arms = {arm: seeds for arm, (how, seeds, _) in ARMS.items() if given.task == "ocr" or SMALL not in how}
     jobs = [(arm, seed) for seed in range(5) for arm, seeds in arms.items() if seed < seeds]
     start(jobs, given)
     base = results(given) / "base.json"
-    if not base.exists():
+    if not given.names and not base.exists():
         base.write_text(json.dumps(second_judge(None, given.task)))
 
 def tune(given):
@@ -120,7 +124,7 @@ def start(jobs, given):
     if unknown:
         sys.exit(f"no such run: {', '.join(sorted(unknown))}")
     jobs = [(arm, seed) for arm, seed in jobs if not given.names or f"{arm}-{seed}" in given.names]
-    jobs = [(arm, seed) for arm, seed in jobs if not (results(given) / f"{arm}-{seed}").exists()]
+    jobs = [(arm, seed) for arm, seed in jobs if not (results(given) / f"{arm}-{seed}/metrics.jsonl").exists()]
     from diffusers import StableDiffusion3Pipeline  # noqa: F401  (two threads at once may not import it lazily)
 
     with ThreadPoolExecutor(2) as pool:  # two runs on two cores, a thread each, beat one on both
@@ -135,7 +139,7 @@ def train(arm, seed, given):
     out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
     how = f"--task {given.task} --model tiny --eval-every 4 --seed {seed}"
-    how += f" --iterations {given.iterations}" if given.iterations else ""
+    options += f" --iterations {given.iterations}" if given.iterations else ""
     arguments = [*how.split(), *options.split(), *["--resume"] * (out / "config.json").exists(), "--out", str(out)]
     start = [__file__, "hooked", hook] if hook else ["star.py"]
     with open(out.parent / f"{name}.log", "a") as log:
@@ -154,13 +158,13 @@ def train(arm, seed, given):
     for path in ("out", "train_prompts", "test_prompts", "reward_model"):  # nothing of this machine
         config["settings"][path] = config["settings"][path] and os.path.relpath(config["settings"][path], ROOT)
     folder = results(given) / name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return name
 
 def test_images(transformer, task, count=None):
-    """(prompts, images), one each as star.py evaluates; without a transformer, by the embedded model's."""
+    """(prompts, images) as star.py evaluates, geneval's in fours; without a transformer, by the embedded model's."""
     chosen = ["--transformer", str(transformer)] if transformer else []
     settings = star.parse_settings(["--task", task, "--model", "tiny", *chosen])
     policy, copies = star.load_policy(settings, "cpu"), 4 if task == "geneval" and not count else 1
@@ -235,8 +239,6 @@ def load(given):
     for path in sorted(results(given).glob("*/metrics.jsonl")):
         arm = path.parent.name.rsplit("-", 1)[0]
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines if arm.endswith("small") else ():
-            line["iteration"] //= 4  # of as many images as the others'
         if not arm.startswith("tune-"):
             found.setdefault(arm, []).append(lines)
     if not found:
@@ -258,13 +260,15 @@ def spread(values):
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 def difference(values, reference):
-    """Difference of the means, its standard error and Welch's p (at least 0.001), where both have several seeds."""
+    """Difference of the means, its standard error and Welch's p, where both have several seeds and not all alike."""
     apart = statistics.mean(values) - statistics.mean(reference)
     if min(len(values), len(reference)) < 2:
         return f"{apart:+.3f}"
     error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (values, reference)))
+    if not error:
+        return f"{apart:+.3f}"
     p = ttest_ind(values, reference, equal_var=False).pvalue
-    return f"{apart:+.3f} (SE {error:.3f}, p {max(p, 0.001):.3f})"
+    return f"{apart:+.3f} (SE {error:.3f}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
 
 SCORES = {  # beside the mean: {heading: column}
     "ocr": {"final": "eval_reward", "exact": "eval_exact", "Tesseract exact": "tesseract_exact",
@@ -274,20 +278,21 @@ SCORES = {  # beside the mean: {heading: column}
 
 def table(given):
     found, scores = load(given), SCORES.get(given.task, SCORES["ocr"])
-    heading("arm", "n", "mean", *scores, "clipped", "s an iteration")
+    heading("arm", "n", "mean", *scores, "clipped", "s for 128 images")
     base = results(given) / "base.json"
     if base.exists():
         first = next(iter(found.values()))[0][0] | json.loads(base.read_text())
-        print("| before | |", *(f"| {first[name]:.3f}" for name in ("eval_reward", *scores.values())), "| | |")
+        print("| before | | |", *(f"{first[name]:.3f} |" for name in scores.values()), "| |")
     for arm, runs in found.items():
         last, trained = [lines[-1] for lines in runs], [line for lines in runs for line in lines[1:]]
         columns = [spread([line.get(name) for line in last]) for name in scores.values()]
         clipped = statistics.mean(line["clip_high"] + line["clip_low"] for line in trained)
         seconds = statistics.median(line["seconds_sampling"] + line["seconds_update"] for line in trained)
+        seconds *= 4 if arm.endswith("small") else 1  # for as many images as the others'
         columns = [spread([area(lines) for lines in runs]), *columns, f"{clipped:.1%}", f"{seconds:.1f}"]
         print(f"| {arm} | {len(runs)} | {' | '.join(columns)} |")
     print()
-    heading("what changes", "mean", *scores)
+    heading("difference", "mean", *scores)
     for change, (arm, without) in COMPARED.items():
         if arm in found and without in found:
             pair = found[arm], found[without]
@@ -332,7 +337,7 @@ def curves(given, side=600, height=620, top=60, bottom=170):
         for tick in range(round(10 * low), round(10 * high) + 1):
             draw.line([(left, y(tick / 10)), (x(last), y(tick / 10))], fill="#dddddd", width=2)
             draw.text((left - 12, y(tick / 10)), f"{tick / 10:.1f}", fill="black", font=font, anchor="rm")
-        for iteration in range(0, last + 1, last // 3):
+        for iteration in range(0, last + 1, max(last // 3, 1)):
             place = (x(iteration), height - bottom + 8)
             draw.text(place, f"{iteration * IMAGES}", fill="black", font=font, anchor="ma")
         for arm, points in bands.items():
@@ -386,11 +391,12 @@ def why(given):
     """Which maps carry more signal an image, at the embedded model, on training prompts? By denoising step.
 
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
-    is unbiased; mean and standard error over batches. Noise: variance of a batch's gradient, as a multiple of the
-    uniform one's. Every map is divided by its own norm, as --step-weights equal does; "all" is over the steps, weighted
-    equally. Aim: mean M on the tokens of what is drawn (ocr: letters, blanks of the sign; geneval: objects), elsewhere,
-    and the share of M that is not elsewhere. The references share batches, so the cosines' standard errors are too
-    small; differences are taken batch by batch. --core N takes only prompts of N letters or objects, and fewer maps.
+    is unbiased; mean and standard error over batches. All nine steps have noise here, so that they can be compared;
+    "first 4" and "all" are over steps, weighted by --step-weights equal, as a map is by its own norm; the last row's
+    norms are unweighted. A static map is the mean of the first four steps'. Aim: mean M on the tokens of what is drawn
+    (ocr: letters, blanks of the sign; geneval: objects), elsewhere, and the share of M that is not elsewhere. The
+    references share batches, so the cosines' standard errors are too small; differences are taken batch by batch.
+    --core N takes only prompts of N letters or objects, and fewer maps.
     """
     settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split()])
     policy, reward = star.load_policy(settings, "cpu"), star.make_reward(settings, "cpu")
@@ -430,6 +436,8 @@ def core_size(prompt):
 
 def make_map(rollout, strength, hook):
     allocation = star.allocation_map(rollout.attention, strength)
+    if hook == "static":
+        return static(allocation[: star.Settings.sde_window])[:1].expand_as(allocation)
     return HOOKS[hook](allocation) if hook else allocation
 
 def gradients_of(transformer, rollout, i, maps, sigmas, settings):
@@ -458,10 +466,6 @@ def print_signal(gradients, weights, sigmas):
     for arm, found in list(cosines.items())[1:]:
         apart = [[one - other for one, other in zip(*pair)] for pair in zip(found, uniform)]
         print(f"| {arm}, less uniform's | " + " | ".join(map(mean_error, apart)) + " |")
-    own = [view(plain).var(0).sum() for view in views]
-    for arm, g in gradients.items():
-        noise = [view(g).var(0).sum() / variance for view, variance in zip(views, own)]
-        print(f"| {arm}, variance over uniform's | " + " | ".join(f"{value:.2f}" for value in noise) + " |")
     norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:trained]])
     print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | | |")
 
@@ -509,9 +513,8 @@ def main():
     commands = {command.__name__: command for command in (tune, run, grid, table, curves, pictures, why)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("command", choices=commands)
-    parser.add_argument("names", nargs="*", help="run: which, as arm-seed")
+    parser.add_argument("names", nargs="*", help="tune, run: which, as arm-seed")
     parser.add_argument("--task", default="ocr", help="[ocr]")
-    parser.add_argument("--old", action="store_true", help="the earlier version's runs, assets/runs/*.jsonl")
     parser.add_argument("--iterations", type=int, help="of every run [the embedded model's]")
     parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
     parser.add_argument("--core", type=int, help="why: only prompts of so many letters or objects")
