@@ -676,16 +676,15 @@ class Settings:
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Settings)}
 PRESETS = {  # merged in this order: task, model, method, model with task, model with method; then what you say
     "pickscore": dict(kl=0.01),  # Flow-GRPO
-    "tiny": dict(  # ours; the rate by assets/evidence.py's tuning, clip ranges by that of an earlier model
+    "tiny": dict(  # ours; rates, clip range (it clips next to nothing) and churn are of assets/evidence.py's tuning
         attention_blocks="3", iterations=24, prompts_per_iteration=8, group_size=16, batch_size=32,
-        learning_rate=7.5e-5, clip_range=3e-4, kl=0.0, guidance=1.0, eval_every=8, eval_steps=10, resolution=64,
+        learning_rate=1.5e-4, clip_range=1e-3, kl=0.0, guidance=1.0, eval_every=8, eval_steps=10, resolution=64,
         t5_length=0, dtype="fp32"
     ),
     "fdfo": dict(optimizer_steps=4, clip_range=0.03, step_weights="none", kl=0.0, guidance=1.0),  # FDFO
     "tiny geneval": dict(iterations=12, reward_model=f"{TINY}/rewards"),  # its detector/ and clip/
     "tiny pickscore": dict(reward_model=f"{TINY}/rewards/pickscore"),
-    "tiny star": dict(clip_range=1e-3),  # clips next to nothing, as 3e-4 does in flow-grpo
-    "tiny fdfo": dict(learning_rate=3e-5, churn=0.1),  # (grey model:) 1.5e-4 unlearns; at churn 0.01 most pairs tie
+    "tiny fdfo": dict(learning_rate=3e-5, churn=0.1),  # at churn 0.01 most pairs tie
 }  # fmt: skip
 
 class BadInput(Exception):
