@@ -89,9 +89,9 @@ def shuffled(allocation):
     return allocation.gather(-1, order)
 
 def static(allocation):
-    """Each sample's maps [K, B, P] averaged over the steps: the places, without the temporal part. The first steps get
-    the later ones' places, which are better than their own: a control with foresight."""
-    return allocation.mean(0, keepdim=True).expand_as(allocation).contiguous()
+    """Each sample's maps [K, B, P] averaged over the default window's steps: the places, without the temporal part. The
+    first steps get the later ones' places, which are better than their own: a control with foresight."""
+    return allocation[: star.Settings.sde_window].mean(0, keepdim=True).expand_as(allocation).contiguous()
 
 HOOKS = {"shuffled": shuffled, "static": static}
 
@@ -259,12 +259,15 @@ def spread(values):
         return ""
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
 def difference(values, reference):
     """Difference of the means, its standard error and Welch's p, where both have several seeds and not all alike."""
     apart = statistics.mean(values) - statistics.mean(reference)
     if min(len(values), len(reference)) < 2:
         return f"{apart:+.3f}"
-    error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (values, reference)))
+    error = math.hypot(standard_error(values), standard_error(reference))
     if not error:
         return f"{apart:+.3f}"
     p = ttest_ind(values, reference, equal_var=False).pvalue
@@ -355,8 +358,7 @@ def curves(given, side=600, height=620, top=60, bottom=170):
 def band(runs):
     """[(iteration, mean, standard error), ...] of the seeds' curves"""
     points = [(iteration, [run[iteration] for run in runs]) for iteration in runs[0]]
-    error = lambda values: statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return [(iteration, statistics.mean(values), error(values)) for iteration, values in points]
+    return [(iteration, statistics.mean(values), standard_error(values)) for iteration, values in points]
 
 def pictures(given, count=8):
     """The first test prompts by the embedded model and by the runs of seed 0."""
@@ -393,7 +395,7 @@ def why(given):
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
     is unbiased; mean and standard error over batches. All nine steps have noise here, so that they can be compared;
     "first 4" and "all" are over steps, weighted by --step-weights equal, as a map is by its own norm; the last row's
-    norms are unweighted. A static map is the mean of the first four steps'. Aim: mean M on the tokens of what is drawn
+    norms are unweighted. Aim: mean M on the tokens of what is drawn
     (ocr: letters, blanks of the sign; geneval: objects), elsewhere, and the share of M that is not elsewhere. The
     references share batches, so the cosines' standard errors are too small; differences are taken batch by batch.
     --core N takes only prompts of N letters or objects, and fewer maps.
@@ -436,8 +438,6 @@ def core_size(prompt):
 
 def make_map(rollout, strength, hook):
     allocation = star.allocation_map(rollout.attention, strength)
-    if hook == "static":
-        return static(allocation[: star.Settings.sde_window])[:1].expand_as(allocation)
     return HOOKS[hook](allocation) if hook else allocation
 
 def gradients_of(transformer, rollout, i, maps, sigmas, settings):
@@ -475,7 +475,7 @@ def signal(gradients, plain):
     return [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
 
 def mean_error(values):
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}"
 
 def aim(rolled, task):
     """By step: mean M on each kind of token, the last one elsewhere, and the share of M on all kinds but that."""
@@ -499,9 +499,9 @@ def cells(images, task):
     return letter, blank, ~letter & ~blank
 
 def print_aim(aims, sigmas):
-    trained = len(aims[3][0])
-    print("\n| mean M on each kind of token / elsewhere, share not elsewhere | ", end="")
-    print(" | ".join(f"{sigma:.2f}" for sigma in sigmas[:trained]) + " |\n" + "|---" * (trained + 1) + "|")
+    print()
+    columns = (f"{sigma:.2f}" for sigma in sigmas[: len(aims[3][0])])
+    heading("mean M on each kind of token / elsewhere, share not elsewhere", *columns)
     for block, found in aims.items():
         mean = torch.tensor(found).mean(0).tolist()
         rows = [" / ".join(f"{m:.1f}" for m in row[:-1]) + f", {row[-1]:.0%}" for row in mean]
