@@ -325,11 +325,12 @@ def grid(given):
 SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#8c8c8c", "star": "#d62728", "star-shuffled": "#2ca02c",
          "fdfo": "#1f77b4"}  # fmt: skip
 
-def curves(given, side=600, height=620, top=60, bottom=170):
+def curves(given, width=1200, height=620, top=60, bottom=170):
     """Test reward over images seen, a panel a task, a band an arm: mean and standard error of its seeds."""
-    sheet = Image.new("RGB", (2 * side, height), "white")
+    tasks = [task for task in ("ocr", "geneval") if (given.runs / task).is_dir()]
+    sheet, side = Image.new("RGB", (width, height), "white"), width // max(len(tasks), 1)
     draw, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(size=26)
-    for panel, given.task in enumerate(("ocr", "geneval")):
+    for panel, given.task in enumerate(tasks):
         bands = {arm: band([curve(lines) for lines in runs]) for arm, runs in load(given).items() if arm in SHOWN}
         low = math.floor(10 * min(mean - error for points in bands.values() for _, mean, error in points)) / 10
         high = math.ceil(10 * max(mean + error for points in bands.values() for _, mean, error in points)) / 10
@@ -348,7 +349,7 @@ def curves(given, side=600, height=620, top=60, bottom=170):
             edge += [(x(it), y(mean - error)) for it, mean, error in reversed(points)]
             draw.polygon(edge, fill=SHOWN[arm] + "40")
             draw.line([(x(it), y(mean)) for it, mean, _ in points], fill=SHOWN[arm], width=5)
-    draw.text((side, height - 116), "images seen", fill="black", font=font, anchor="ma")
+    draw.text((width // 2, height - 116), "images seen", fill="black", font=font, anchor="ma")
     for index, (arm, colour) in enumerate(SHOWN.items()):
         place = (40 + index % 3 * 390, height - 78 + index // 3 * 36)
         draw.line([(place[0], place[1] + 16), (place[0] + 44, place[1] + 16)], fill=colour, width=8)
