@@ -327,8 +327,8 @@ SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#8c8c8c", "star": "#d62
 
 def curves(given, width=1200, height=620, top=60, bottom=170):
     """Test reward over images seen, a panel a task, a band an arm: mean and standard error of its seeds."""
-    tasks = [task for task in ("ocr", "geneval") if (given.runs / task).is_dir()]
-    sheet, side = Image.new("RGB", (width, height), "white"), width // max(len(tasks), 1)
+    tasks = [task for task in ("ocr", "geneval") if (given.runs / task).is_dir()] or ["ocr"]
+    sheet, side = Image.new("RGB", (width, height), "white"), width // len(tasks)
     draw, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(size=26)
     for panel, given.task in enumerate(tasks):
         bands = {arm: band([curve(lines) for lines in runs]) for arm, runs in load(given).items() if arm in SHOWN}
@@ -396,9 +396,9 @@ def why(given):
     Signal: cosine of a batch's gradient (128 images) to the sum over the other batches of the *uniform* gradient, which
     is unbiased; mean and standard error over batches. All nine steps have noise here, so that they can be compared;
     "first 4" and "all" are over steps, weighted by --step-weights equal, as a map is by its own norm; the last row's
-    norms are unweighted. Aim: mean M on the tokens of what is drawn
-    (ocr: letters, blanks of the sign; geneval: objects), elsewhere, and the share of M that is not elsewhere. The
-    references share batches, so the cosines' standard errors are too small; differences are taken batch by batch.
+    norms are unweighted. Aim: mean M on the tokens of what is drawn (ocr: letters, blanks of the sign; geneval:
+    objects), elsewhere, and the share of M that is not elsewhere. The references share batches, so the cosines'
+    standard errors are too small; differences are taken batch by batch.
     --core N takes only prompts of N letters or objects, and fewer maps.
     """
     settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split()])
