@@ -322,7 +322,7 @@ def grid(given):
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#8c8c8c", "star": "#d62728", "star-shuffled": "#2ca02c",
+SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#9467bd", "star": "#d62728", "star-shuffled": "#2ca02c",
          "fdfo": "#1f77b4"}  # fmt: skip
 
 def curves(given, width=1200, height=620, top=60, bottom=170):
@@ -338,9 +338,11 @@ def curves(given, width=1200, height=620, top=60, bottom=170):
         x = lambda iteration: left + iteration / last * (side - 120)
         y = lambda value: height - bottom - (value - low) / (high - low) * (height - bottom - top)
         draw.text((left, 14), f"{given.task}: test reward", fill="black", font=font)
-        for tick in range(round(10 * low), round(10 * high) + 1):
-            draw.line([(left, y(tick / 10)), (x(last), y(tick / 10))], fill="#dddddd", width=2)
-            draw.text((left - 12, y(tick / 10)), f"{tick / 10:.1f}", fill="black", font=font, anchor="rm")
+        step = 0.1 if high - low > 0.2 else 0.02
+        for tick in range(round((high - low) / step) + 1):
+            value = low + tick * step
+            draw.line([(left, y(value)), (x(last), y(value))], fill="#dddddd", width=2)
+            draw.text((left - 12, y(value)), f"{value:.2f}", fill="black", font=font, anchor="rm")
         for iteration in range(0, last + 1, max(last // 3, 1)):
             place = (x(iteration), height - bottom + 8)
             draw.text(place, f"{iteration * IMAGES}", fill="black", font=font, anchor="ma")
@@ -348,6 +350,7 @@ def curves(given, width=1200, height=620, top=60, bottom=170):
             edge = [(x(it), y(mean + error)) for it, mean, error in points]
             edge += [(x(it), y(mean - error)) for it, mean, error in reversed(points)]
             draw.polygon(edge, fill=SHOWN[arm] + "40")
+        for arm, points in bands.items():  # lines over every band
             draw.line([(x(it), y(mean)) for it, mean, _ in points], fill=SHOWN[arm], width=5)
     draw.text((width // 2, height - 116), "images seen", fill="black", font=font, anchor="ma")
     for index, (arm, colour) in enumerate(SHOWN.items()):
