@@ -1471,13 +1471,15 @@ def load_policy(settings, device):
         )
         if weights:
             pipe.transformer.load_state_dict(weights)
+        check_vocabulary(pipe.tokenizer, pipe.text_encoder.config)
+        check_vocabulary(pipe.tokenizer_2, pipe.text_encoder_2.config)
     except BadInput:
         raise
     except Exception as error:  # what a loader says of what is not there, not whole or another
         what = f"--model {settings.model}"
         if settings.transformer:
             what += f" --transformer {settings.transformer}"
-        raise BadInput(f"{what}: {one_line(error)}{licence_remedy(error)}") from error
+        raise BadInput(f"{what}: {one_line(error)}{load_remedy(path, error)}") from error
     if settings.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return Policy(pipe, settings, device)
@@ -1498,10 +1500,18 @@ def check_model(settings, config, vae_config):
     )
 
 
-def licence_remedy(error):
-    """Return what to do where the hub refused a model, else nothing."""
+def check_vocabulary(tokenizer, config):
+    """Raise ValueError where transformers made up a tokenizer for one whose file is missing."""
+    if len(tokenizer) < config.vocab_size / 2:
+        raise ValueError(f"a tokenizer of {len(tokenizer)} words: its tokenizer.json is missing")
+
+
+def load_remedy(path, error):
+    """Return what to do about a model that did not load, where that is known, else nothing."""
     from huggingface_hub.errors import GatedRepoError
 
+    if Path(path).is_relative_to(ROOT):
+        return f" (`git checkout {Path(path).relative_to(ROOT)}` brings back what ships)"
     while error is not None:
         if isinstance(error, GatedRepoError):
             return f" (accept its licence at https://huggingface.co/{SD35}, then `hf auth login`)"
@@ -1799,6 +1809,8 @@ def load_reward_model(model_class, processor_class, source, processor_source=Non
             raise ValueError(f"it is no {model_class}: {len(missing)} weights are missing")
         processor_class = getattr(transformers, processor_class)
         processor = processor_class.from_pretrained(processor_source or source)
+        if model_class == "CLIPModel":
+            check_vocabulary(processor.tokenizer, model.config.text_config)
     except Exception as error:  # what a loader says of what is not there, not whole or another
         remedy = "`hf download` fetches what the hub has, and --reward-model takes a local copy"
         raise BadInput(
