@@ -1,19 +1,24 @@
 """Write the prompt files of the tasks ocr, geneval and pickscore (those in tiny/ are assets/make_tiny.py's).
 
-    python prompts/make_prompts.py            rewrite every file beside this script, bit for bit the same
+    python prompts/make_prompts.py            rewrite every file named here, bit for bit the same
     python prompts/make_prompts.py --check    exit 1, naming each file that differs from what would be written
 
 ocr/{train,test}.txt         scenes with one quoted text of 1 to 5 words
-geneval/{train,test}.jsonl   objects, counts, colors, positions, with the metadata the reward scores
+geneval/train.jsonl          objects, counts, colors, positions, with the metadata the reward scores
 pickscore/{train,test}.txt   descriptions of pictures of all kinds
+
+geneval/test.jsonl is not written here, only checked: it is the benchmark's own prompts/evaluation_metadata.jsonl
+(github.com/djghosh13/geneval, MIT: geneval/LICENSE), 553 lines in its order, so that scores compare with published ones.
 
 Train and test are disjoint: no prompt in both; for ocr no quoted text in both (whatever its case); for geneval
 no scene in both, however it is worded; for pickscore no subject in both. `check_properties` asserts this and the rest.
+Nor does ocr/train.txt hold a text that Flow-GRPO's ocr test file asks for (see FLOW_GRPO_TEST_TEXTS).
 
 Word lists use two marks: `{a|b}` is a choice, `;` separates entries.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -82,8 +87,13 @@ COUNTABLE = [c for c in CLASSES if c not in UNCOUNTABLE]
 # Paintable here: no people, and no fruit whose name is a color.
 PAINTABLE = [c for c in CLASSES if c not in ("person", "orange")]
 
-GENEVAL_TEST = dict(single_object=60, two_object=105, counting=72, colors=100, position=108, color_attr=108)
-GENEVAL_TRAIN = dict(single_object=20, two_object=260, counting=441, colors=219, position=940, color_attr=520)
+# The benchmark's own sizes, and the SHA-256 of its prompts, sorted, each with a line feed after it.
+GENEVAL_TEST = dict(single_object=80, two_object=99, counting=80, colors=94, position=100, color_attr=100)
+GENEVAL_TEST_SHA256 = "ac4e5db774d347883eb8d56b945146e8ec297c3e1307bae68ed9065bc9dabdcd"
+# Most of what SD3.5 draws worst, in the order of Flow-GRPO's paper, whose ratio is position 7, counting 5, color_attr 3,
+# colors 1, two_object 1, single_object 0. No single object: the benchmark has all 80. Counting: of the 219 scenes
+# (73 countable classes, 2 to 4 of each) the benchmark has 76, and the 143 left, each worded three ways, are all here.
+GENEVAL_TRAIN = dict(two_object=260, counting=429, colors=219, position=972, color_attr=520)
 
 
 def phrase(cls, color=""):
@@ -132,10 +142,7 @@ def pairs(rng, classes):
 
 def one_object_records(rng, tag):
     """Endless, evenly over classes, and over colors or counts: fresh ones are picked by the caller."""
-    if tag == "single_object":
-        for cls in deal(rng, CLASSES):
-            yield record(tag, [wanted(cls)], phrase(cls))
-    elif tag == "colors":
+    if tag == "colors":
         colors = deal(rng, COLORS)
         for cls in deal(rng, PAINTABLE):
             color = next(colors)
@@ -161,27 +168,32 @@ def two_object_records(rng, tag):
                 yield record(tag, [wanted(a, color=c), wanted(b, color=d)], f"{phrase(a, c)} and {phrase(b, d)}")
 
 
+def benchmark():
+    """The lines of GenEval's own prompt file."""
+    return (HERE / "geneval/test.jsonl").read_text(encoding="ascii").splitlines()
+
+
 def make_geneval(rng):
-    """Test first; then train from the scenes that are left. Counting has few scenes, so train words each three ways."""
-    taken, parts = set(), {"test": [], "train": []}
-    for part, sizes in (("test", GENEVAL_TEST), ("train", GENEVAL_TRAIN)):
-        for tag, size in sizes.items():
-            source = one_object_records if tag in ("single_object", "colors", "counting") else two_object_records
-            manners = ["{}", "exactly {}", "{} side by side"] if (part, tag) == ("train", "counting") else ["{}"]
-            entries = []
-            for entry in source(rng, tag):
-                if scene_of(entry) in taken:
-                    continue
-                taken.add(scene_of(entry))
-                if tag == "counting":
-                    found = entry["include"][0]
-                    entries += [counted(found["class"], found["count"], manner) for manner in manners]
-                else:
-                    entries.append(entry)
-                if len(entries) == size:
-                    break
-            parts[part] += entries
-    return [[json.dumps(entry) for entry in shuffled(rng, parts[part])] for part in ("train", "test")]
+    """Train, from the scenes that the benchmark leaves. Counting has few, so each of its scenes is worded three ways."""
+    taken = {scene_of(json.loads(line)) for line in benchmark()}
+    entries = []
+    for tag, size in GENEVAL_TRAIN.items():
+        source = one_object_records if tag in ("colors", "counting") else two_object_records
+        chosen = []
+        for entry in source(rng, tag):
+            if scene_of(entry) in taken:
+                continue
+            taken.add(scene_of(entry))
+            if tag == "counting":
+                found = entry["include"][0]
+                manners = ["{}", "exactly {}", "{} side by side"]
+                chosen += [counted(found["class"], found["count"], manner) for manner in manners]
+            else:
+                chosen.append(entry)
+            if len(chosen) == size:
+                break
+        entries += chosen
+    return [json.dumps(entry) for entry in shuffled(rng, entries)]
 
 
 # ---- Words shared by ocr and pickscore
@@ -219,6 +231,14 @@ def write_lines(rng, makers, n, words, seen):
 
 
 # ---- ocr
+
+# Texts of the lists below that Flow-GRPO's ocr test file (github.com/yifan123/flow_grpo, dataset/ocr/test.txt) asks for
+# too, case and spaces aside. They are left out, so that a model trained here can be scored on that file.
+FLOW_GRPO_TEST_TEXTS = (
+    "Open 24 Hours", "EAT HERE", "DANGER HIGH VOLTAGE", "HARD HAT AREA", "DO NOT TOUCH", "Low Battery", "3 New Messages",
+    "GAME OVER", "INSERT COIN", "PRESS START", "FREE HUGS", "New Arrivals", "HANDLE WITH CARE", "Here Be Dragons",
+    "Do Not Disturb",
+)
 
 # kind: texts of that kind
 TEXTS = """
@@ -423,7 +443,8 @@ def ocr_texts(rng, held_out=0.18):
     train, test = {}, {}
     for entry in entries_of(TEXTS):
         kind, _, texts = entry.partition(":")
-        texts = shuffled(rng, [reading for text in split(texts) for reading in readings(text)])
+        texts = [reading for text in split(texts) for reading in readings(text)]
+        texts = shuffled(rng, [text for text in texts if text not in FLOW_GRPO_TEST_TEXTS])
         cut = max(1, round(held_out * len(texts)))
         train[kind], test[kind] = texts[cut:], texts[:cut]
     return train, test
@@ -579,8 +600,9 @@ def quoted(line):
     return text.lower()
 
 
-def check_properties(files):
-    """What the module's first lines promise, of the lines about to be written."""
+def check_properties(written):
+    """What the module's first lines promise, of the lines about to be written and of the benchmark's."""
+    files = {**written, "geneval/test.jsonl": benchmark()}
     for name, lines in files.items():
         assert all(line.isascii() and line == line.strip() and "  " not in line for line in lines), name
         assert len(set(lines)) == len(lines), name
@@ -590,7 +612,9 @@ def check_properties(files):
         assert not set(train) & set(test), task
         if task == "ocr":
             assert not set(map(quoted, train)) & set(map(quoted, test)), task
+    strangers = {text.lower().replace(" ", "") for text in FLOW_GRPO_TEST_TEXTS}
     for line in files["ocr/train.txt"] + files["ocr/test.txt"]:
+        assert quoted(line).replace(" ", "") not in strangers, line
         assert 10 <= len(line.split()) <= 40 and 1 <= len(quoted(line).split()) <= 5, line
         assert re.fullmatch(r"[a-z0-9 '!&:.-]+", quoted(line)), line
     for name in ("ocr/train.txt", "ocr/test.txt"):
@@ -605,24 +629,29 @@ def check_properties(files):
 
 def check_geneval(train, test):
     train, test = [json.loads(line) for line in train], [json.loads(line) for line in test]
+    prompts = sorted(entry["prompt"] for entry in test)
+    assert len(prompts) == 553
+    text = "".join(prompt + "\n" for prompt in prompts)
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == GENEVAL_TEST_SHA256, "geneval/test.jsonl"
     assert not {scene_of(entry) for entry in train} & {scene_of(entry) for entry in test}
     assert len({entry["prompt"] for entry in train + test}) == len(train + test)
-    objects = [one for entry in test for one in entry["include"]]
-    assert {one["class"] for one in objects} == set(CLASSES) and len(CLASSES) == 80
-    assert {one["color"] for one in objects if "color" in one} == set(COLORS)
+    for entries in (train, test):
+        objects = [one for entry in entries for one in entry["include"]]
+        assert {one["class"] for one in objects} == set(CLASSES) and len(CLASSES) == 80
+        assert {one["color"] for one in objects if "color" in one} == set(COLORS)
     for entries, sizes in ((train, GENEVAL_TRAIN), (test, GENEVAL_TEST)):
+        assert len(entries) == sum(sizes.values())
         for tag, size in sizes.items():
             assert sum(entry["tag"] == tag for entry in entries) == size, tag
         assert all(one["class"] in entry["prompt"] for entry in entries for one in entry["include"])
-    assert len(test) == 553
 
 
 def make_all():
     """{name: lines}; each task draws from a seed of its own, so that a change to one leaves the others as they are."""
     files = {}
-    for task, suffix, make, seed in (("ocr", "txt", make_ocr, 2), ("geneval", "jsonl", make_geneval, 3),
-                                     ("pickscore", "txt", make_pickscore, 4)):
-        files[f"{task}/train.{suffix}"], files[f"{task}/test.{suffix}"] = make(random.Random(seed))
+    files["ocr/train.txt"], files["ocr/test.txt"] = make_ocr(random.Random(2))
+    files["geneval/train.jsonl"] = make_geneval(random.Random(3))
+    files["pickscore/train.txt"], files["pickscore/test.txt"] = make_pickscore(random.Random(4))
     return files
 
 
