@@ -824,6 +824,29 @@ def test_shipped_prompts_load_and_train_and_test_are_disjoint():
             assert not words(train) & words(test)
     subprocess.run([sys.executable, ROOT / "prompts/make_prompts.py", "--check"], check=True)  # writes what is shipped
 
+def test_geneval_tests_on_the_benchmark_itself_and_trains_on_none_of_it():
+    """Scenes: class, count, colour and place of every clause, the same whichever object is named first."""
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+    def scene(metadata):
+        clauses = metadata["include"]
+        objects = [(clause["class"], clause["count"], clause.get("color")) for clause in clauses]
+        place = clauses[-1].get("position", [""])[0]
+        if not place:
+            return frozenset(objects)
+        first, second = objects
+        return frozenset([(first, place, second), (second, opposite[place], first)])
+
+    folder = ROOT / "prompts/geneval"
+    train, test = (star.load_prompts(folder / f"{part}.jsonl", "geneval") for part in ("train", "test"))
+    tags = [prompt.metadata["tag"] for prompt in test]
+    assert [tags.count(tag) for tag in star.GENEVAL_TAGS] == [80, 99, 80, 94, 100, 100] and len(test) == 553
+    text = "".join(f"{prompt.text}\n" for prompt in sorted(test, key=lambda prompt: prompt.text))
+    digest = "ac4e5db774d347883eb8d56b945146e8ec297c3e1307bae68ed9065bc9dabdcd"  # of GenEval's own file
+    assert sha256(text.encode()).hexdigest() == digest
+    assert not {scene(prompt.metadata) for prompt in train} & {scene(prompt.metadata) for prompt in test}
+    assert len(train) == 2400 and not {prompt.text for prompt in train} & {prompt.text for prompt in test}
+
 DOG_LINE = {"tag": "position", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}
 
 @pytest.mark.parametrize(
