@@ -82,18 +82,7 @@ couch; potted plant; bed; dining table; toilet; tv; laptop; computer mouse; tv r
 keyboard; cell phone; microwave; oven; toaster; sink; refrigerator; book; clock; vase; scissors;
 teddy bear; hair drier; toothbrush
 """)
-COLORS = [
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-]
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 RELATIONS = ["left of", "right of", "above", "below"]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
