@@ -1,9 +1,9 @@
-"""star.py: reinforcement learning for text-to-image flow models that gives each region its share.
+"""star.py: reinforcement learning for text-to-image flow models, with credit by region.
 
 STAR (SpatioTemporal Adaptive Reward Allocation, arXiv 2606.17979) takes the usual group-relative
 advantage of an image and applies it more strongly where the model's own text-image attention finds
 the prompt's core content, with a map for every trained denoising step of every rollout. It has five
-steps, each a function below, and a loop that calls them in this order, train_iteration:
+steps, each one or two functions below, and train_iteration takes them in this order:
 
   1. Sample groups of images with an SDE; each of its steps      sde_mean_std, token_log_prob
      is a Gaussian action.
@@ -71,11 +71,12 @@ from tqdm import tqdm
 #                                       is one image token
 #   N      text tokens    int           the joint text sequence: CLIP's positions, then T5's
 #   S      attention      [B, P]        probability mass that an image token's query puts on the
-#                                       core text tokens
+#                                       core text tokens, after --attention-hops
 #   M      allocation     [B, P]        allocation map: >= 0, mean over P exactly 1
 #   A      advantages     [B]           group-relative advantage
 #   l_p    log_prob       [B, P]        per-token mean of the Gaussian log-density of the step taken
-#   rho_p  ratio          [B, P]        of the step's density, new over old: --ratio says of what
+#   rho_p  ratio          [B, P]        exp(l_p - l_p_old): new density over old, per latent number
+#                                       (a geometric mean); --ratio image: the whole image's
 #
 # One step of SD3.5 Medium at 512 px, in shapes:
 #
@@ -91,7 +92,7 @@ from tqdm import tqdm
 # can write down.
 #
 # The flow's sampler is an ODE, dx = v dsigma: nothing is drawn, no density is there to reinforce.
-# Flow-GRPO's way out: x = (1 - sigma) x_0 + sigma n and v = n - x_0 give
+# Flow-GRPO's way out: x = (1 - sigma) x_0 + sigma n and the model's v = E[n - x_0 | x] give
 # E[n | x] = x + (1 - sigma) v, and hence the score
 #     grad log p(x) = -E[n | x] / sigma = -(x + (1 - sigma) v) / sigma.
 # Let tau = 1 - sigma run forward, as sampling does: dx = -v dtau. Noise s dw blurs the marginals p:
@@ -100,18 +101,18 @@ from tqdm import tqdm
 # same marginals for any s, and with dtau = -dsigma it is
 #     dx = (v - (s^2 / 2) grad log p) dsigma + s dw
 #        = (v + s^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + s dw,  s = a sqrt(sigma / (1 - sigma))
-# One Euler-Maruyama step of it is sde_mean_std. At sigma = 1 that s would be infinite: the
-# denominator of the first step takes 1 - sigma_max, with the largest sigma below 1, which leaves it
-# about as noisy as the second step.
+# with dw of variance dtau. (A guided v is used as if it were the true one, as in Flow-GRPO.) One
+# Euler-Maruyama step of it is sde_mean_std. At sigma = 1 that s would be infinite: the denominator
+# of the first step takes 1 - sigma_max, with the largest sigma below 1, which leaves it about as
+# noisy as the second step.
 
 
 def sde_mean_std(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
     """Return mean and standard deviation of the next latents under Flow-GRPO's SDE (2505.05470).
 
-        std_dev = a sqrt(sigma / (1 - sigma))         at sigma = 1 the denominator is 1 - sigma_max
-        mean    = x (1 + std_dev^2 / (2 sigma) dt)
-                  + v (1 + std_dev^2 (1 - sigma) / (2 sigma)) dt
-        std     = std_dev sqrt(-dt),                  dt = sigma_next - sigma < 0
+        s    = a sqrt(sigma / (1 - sigma))            at sigma = 1 the denominator is 1 - sigma_max
+        mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
+        std  = s sqrt(-dt),                           dt = sigma_next - sigma < 0
 
     latents, velocity [B, C, H, W] of any float type; sigma > sigma_next floats in [0, 1]; sigma_max
     is sigmas[1], the largest sigma below 1; noise_level is a. Returns (mean [B, C, H, W] fp32, std
@@ -124,10 +125,10 @@ def sde_mean_std(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
         )
     dt = sigma_next - sigma
     below_one = sigma_max if sigma == 1 else sigma
-    std_dev = noise_level * math.sqrt(sigma / (1 - below_one))
-    drift = std_dev**2 / (2 * sigma)
-    mean = latents.float() * (1 + drift * dt) + velocity.float() * ((1 + drift * (1 - sigma)) * dt)
-    return mean, std_dev * math.sqrt(-dt)
+    diffusion = noise_level * math.sqrt(sigma / (1 - below_one))
+    pull = diffusion**2 / (2 * sigma)  # toward where the density is higher
+    mean = latents.float() * (1 + pull * dt) + velocity.float() * ((1 + pull * (1 - sigma)) * dt)
+    return mean, diffusion * math.sqrt(-dt)
 
 
 def token_log_prob(next_latents, mean, std, patch_size=2):
@@ -140,8 +141,8 @@ def token_log_prob(next_latents, mean, std, patch_size=2):
     """
     if std <= 0:
         raise ValueError("a deterministic step (std = 0) has no density")
-    squares = (next_latents.float() - mean.float()) ** 2 / (2 * std**2)
-    log_density = -squares - math.log(std * math.sqrt(2 * math.pi))
+    exponent = (next_latents.float() - mean.float()) ** 2 / (2 * std**2)
+    log_density = -exponent - math.log(std * math.sqrt(2 * math.pi))
     # [B, C, H, W] -> [B, 1, H, W] -> [B, 1, H / 2, W / 2] -> [B, P]
     return F.avg_pool2d(log_density.mean(1, keepdim=True), patch_size).flatten(1)
 
@@ -152,11 +153,12 @@ def step_weights(sigmas, noise_level, window):
     The gradient of a step's log-density with respect to the velocity is
         d l / d v = (x' - mean) / std^2  d mean / d v
                   = [(x' - mean) / std]  (d mean / d v) / std,
-    and the bracket is a draw from N(0, 1), equally large at every step. What is left,
-    |d mean / d v| / std, grows 26-fold over Flow-GRPO's nine steps: the last ones would dominate
-    every update, whatever they have to say. The weight takes it out. (Ours; TempFlow-GRPO and
-    GRPO-Guard reweight for the same reason.) sigmas: the sampler's grid, T + 1 floats from 1 to 0,
-    of which `window` steps are trained. Returns a list of `window` floats.
+    and at theta = theta_old the bracket is a draw from N(0, 1), equally large at every step. What
+    is left, |d mean / d v| / std = (1 / a + a / 2) sqrt((1 - sigma) (-dt) / sigma), grows 26-fold
+    over nine of ten steps: the last ones would dominate every update, whatever they have to say.
+    The weight takes it out. (Ours; TempFlow-GRPO and GRPO-Guard reweight for the same reason.)
+    sigmas: the sampler's grid, T + 1 floats from 1 to 0, of which `window` steps are trained.
+    Returns a list of `window` floats.
     """
     weights = []
     for sigma, sigma_next in pairwise(sigmas[: window + 1]):
@@ -188,7 +190,8 @@ def step_weights(sigmas, noise_level, window):
 def core_attention(attn, image_states, text_states, core_mask, hops=0):
     """Return S: the share of each image token's attention that the core text tokens get.
 
-        S  = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
+        S  = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core, where
+             1_core is 1 at the core text tokens and 0 elsewhere
         S' = mean over heads of softmax(Q_image K_image^T / sqrt(d)) S            for each hop
 
     The first line is attention to *values that are the indicator of the core tokens*: one more
@@ -224,16 +227,16 @@ def core_attention(attn, image_states, text_states, core_mask, hops=0):
 def capture_attention(transformer, core_mask, blocks, hops=0):
     """Within this context every forward of an SD3Transformer2DModel leaves S in the list it yields.
 
-    core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] a block,
-    in order. Hooks read what the attention is given, so the output is bitwise what it is without;
-    they are removed on exit, also after an exception. SD3.5's second attention (attn2) sees no text
-    and is left alone.
+    core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] per
+    block, in order, after `hops` hops. Hooks read what the attention is given, so the output is
+    bitwise what it is without; they are removed on exit, also after an exception. SD3.5's second
+    attention (attn2) sees no text and is left alone.
     """
     captured = []
 
-    def read(attn, _, states):
-        image_states = states["hidden_states"]
-        text_states = states["encoder_hidden_states"]
+    def read(attn, _, inputs):
+        image_states = inputs["hidden_states"]
+        text_states = inputs["encoder_hidden_states"]
         captured.append(core_attention(attn, image_states, text_states, core_mask, hops))
 
     hooks = []
@@ -303,7 +306,8 @@ def core_spans(prompt, task, metadata=None):
         count = clause.get("count", 1)
         if count > 1:
             phrases.append(str(count))
-            phrases += NUMBER_WORDS[count : count + 1]
+            if count < len(NUMBER_WORDS):
+                phrases.append(NUMBER_WORDS[count])
     phrases.sort(key=len, reverse=True)  # "dining table" before "table"
     found = re.finditer(rf"\b(?:{'|'.join(phrases)})\b", prompt, re.IGNORECASE)
     return [match.span() for match in found] or content_spans(prompt)
@@ -331,9 +335,10 @@ def token_mask(spans, offsets):
 # sharp. So the map of step t takes the mean over the steps from t to the last: it still varies with
 # the step, and knows where the content ended up (--attention-steps later; own: the step's alone).
 #
-# What is temporal beside it? M has mean 1 at every step, so a map moves credit over space only.
-# Credit moves over *time* by --step-weights and by --sde-window, which trains the first steps
-# alone: there the composition is decided, and there is the signal.
+# M has mean 1 at every step, so a map moves credit over space only. (--step-weights equal then
+# divides A by the map's root mean square m, so that a concentrated map gets no larger a gradient.)
+# Credit moves over *time* by the step weights and by --sde-window, which trains the first steps
+# alone: there the composition is decided, and there we found the signal.
 
 
 def hindsight(attention):
@@ -360,15 +365,15 @@ def allocation_map(attention, strength):
     attention = attention.detach().float()
     mean = attention.mean(-1, keepdim=True)
     # Where the mean is 0 there is no attention. A NaN stays one, to be noticed.
-    relative = torch.where(mean == 0, torch.ones_like(mean), attention / mean)
+    relative = torch.where(mean == 0, 1.0, attention / mean)
     return (1 - strength) + strength * relative
 
 
 def map_norm(allocation):
-    """Return the root mean square of each map [..., P] -> [...], 1 for a uniform one.
+    """Return m, the root mean square of each map [..., P] -> [...], 1 for a uniform one.
 
-    A concentrated map makes a step's gradient larger by about this, and maps concentrate as sigma
-    falls: --step-weights equal divides by it, image by image.
+    If the regions' gradients were independent, a map would make a step's gradient larger by this,
+    and maps concentrate as sigma falls: --step-weights equal divides by it, image by image.
     """
     return allocation.square().mean(-1).sqrt()
 
@@ -389,23 +394,25 @@ def group_advantages(rewards, group_size):
     groups = rewards.double().view(-1, group_size)
     kept = groups.isfinite()
     std = groups[kept].std(correction=0)  # over the whole batch: Flow-GRPO's global std
-    # The group's largest reward is taken off first, so that equal rewards become exact zeros.
+    # A mean of equal floats may miss them by a bit. With the group's largest reward taken off first
+    # they are exact zeros.
     centred = groups - groups.where(kept, -math.inf).amax(1, keepdim=True)
     centred = centred - centred.where(kept, 0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
     return (centred / (std + 1e-4)).clamp(-5, 5).where(kept, 0).flatten().float()
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The "spatially resolved policy objective", and the scalar baseline it reduces to.
+# 5. The "spatially resolved policy objective", and the scalar baseline.
 #
 # At theta = theta_old every ratio is 1, nothing is clipped, and the gradient of an image's loss is
-#     -sum_p M_p A grad l_p / P.
-# That line is all of STAR: Flow-GRPO's has A alone. What follows bounds how far one sampling round
-# may carry it. As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic min clips each
-# region on the side that A says, and M only scales it. What is clipped is --ratio's choice:
+#     -w_t sum_p (M_p / m) A grad l_p / P,
+# with the step's weight w_t and the map's norm m of --step-weights equal (none: both are 1). M is
+# all of STAR: Flow-GRPO has A alone. What follows bounds how far one sampling round may carry it.
+# As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic min clips each region on the
+# side that A says, and M only scales it. What is clipped is --ratio's choice:
 #   region  rho_p = exp(l_p - l_p_old), each region's own. l_p is a mean over 64 numbers, the
 #           image's over 64 P. The variance of a mean of n independent numbers goes as 1 / n, so
-#           l_p spreads sqrt(P) times wider, and eps is widened by that: right for independent
+#           l_p - l_p_old spreads sqrt(P) times wider, and eps is widened by that: right for independent
 #           regions, generous where they drift together. (The default; BoxFlow-GRPO, arXiv
 #           2606.06113, takes it with eps as it is.)
 #   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient.
@@ -416,7 +423,10 @@ def group_advantages(rewards, group_size):
 
 @torch.no_grad()
 def ratio_stats(log_ratio, clip_range):
-    """Return statistics of rho (any shape): how far the policy moved from the one that sampled."""
+    """Return statistics of rho (any shape): how far the policy moved from the one that sampled.
+
+    clip_high and clip_low are shares outside the range, on whichever side the sign of A clips.
+    """
     ratio = log_ratio.exp()
     return {
         "ratio": ratio.mean(),
@@ -478,29 +488,31 @@ def flow_grpo_objective(log_prob, old_log_prob, advantages, clip_range):
 
 
 def kl_to_reference(mean, reference_mean, std, dt):
-    """Return the KL of the step from the reference policy's, in Flow-GRPO's form, a scalar.
+    """Return the step's KL from the reference policy's, per latent number and times -dt, a scalar.
 
-    It is the mean of (mean - reference_mean)^2 / (2 std_dev^2). mean, reference_mean [B, C, H, W];
-    std and dt as of sde_mean_std. std_dev = std / sqrt(-dt) leaves sqrt(-dt) out, as Flow-GRPO
-    does, so that its weights (0.04 ocr and geneval, 0.01 pickscore) carry over, up to the step's.
+    It is the mean of (mean - reference_mean)^2 / (2 s^2), s = std / sqrt(-dt). mean, reference_mean
+    [B, C, H, W]; std and dt as of sde_mean_std. Flow-GRPO divides by s^2 and not by std^2, so its
+    weights (0.04 ocr and geneval, 0.01 pickscore) carry over; train_iteration multiplies the KL by
+    the step's weight like the rest of its loss.
     """
     return ((mean - reference_mean.detach()) ** 2).mean() * (-dt) / (2 * std**2)
 
 
 # --------------------------------------------------------------------------------------------------
 # The second method: FDFO, Finite Difference Flow Optimization (arXiv 2603.12893). The whole
-# sampling run is one action: two trajectories share their noise but for a little ("churn"), and the
-# velocity is pulled toward the better image.
+# sampling run is one action: two trajectories share their noise but for a little, the churn, and
+# the velocity is pulled toward the better image.
 
 
 def churn_step(latents, velocity, sigma, sigma_next, churn, noise):
-    """Return one Euler step that overshoots to r < s = sigma_next and is noised back to exactly s.
+    """Return one Euler step that overshoots to r <= s = sigma_next and is noised back to exactly s.
 
         r  = s / (1 + g (1 - s))
         y  = x + (r - sigma) v
         x' = (y + r sqrt((1 + g)^2 - 1) eps) / (1 + g r)
 
-    latents, velocity, noise (eps, N(0, I)) [B, C, H, W]; churn is g >= 0. Returns [B, C, H, W]
+    y holds noise r and signal 1 - r; the division makes the signal 1 - s and the noise s. latents,
+    velocity, noise (eps, N(0, I)) [B, C, H, W]; churn is g >= 0. Returns [B, C, H, W]
     fp32. g = 0 is the Euler step exactly, and so is the last one (s = 0). From sigma = s = 1 it
     mixes a share of eps into pure noise: the start of one branch. Raises ValueError for a negative
     g or a sigma that goes up.
@@ -523,11 +535,11 @@ def fdfo_direction(final_latents, rewards):
         delta = x_0 - mean of the pair
         d     = delta / (<delta^2> + 1e-6)
 
-    final_latents [2K, C, H, W], interleaved a0 b0 a1 b1 ...; rewards [2K]; < > is the mean over
-    C, H, W. Returns (reward_difference dR [2K] fp32, raw: no std, no clip; direction d
-    [2K, C, H, W] fp32). dR d is the same in both branches, and on average the reward's gradient. A
-    pair that lacks a reward (NaN) is a tie, which pulls nowhere. Raises ValueError for an odd
-    number.
+    final_latents [B, C, H, W], interleaved a0 b0 a1 b1 ...; rewards [B]; < > is the mean over
+    C, H, W. Returns (reward_difference dR [B] fp32, half the pair's difference: no std, no clip;
+    direction d [B, C, H, W] fp32). dR d is the same in both branches, and on average, for small
+    differences, the reward's gradient. A pair that lacks a reward (NaN) is a tie, which pulls
+    nowhere. Raises ValueError for an odd number.
     """
     if len(rewards) % 2 or len(rewards) != len(final_latents):
         raise ValueError(f"{len(rewards)} rewards do not make pairs")
@@ -548,6 +560,8 @@ def fdfo_objective(velocity, old_velocity, reward_difference, direction, clip_ra
         dv  = v - v_old
         rho = exp(-<dv (dv + 2 d)>)       = exp(-<(v - v*)^2> + <d^2>) with v* = v_old - d
         L   = mean_B( -dR rho + |dR| / (2 eps) (rho - 1)^2 ),  at its best at rho = 1 + eps sign(dR)
+
+    v* has a minus because x_0 = x - sigma v: to bring x_0 up along d, v goes down.
 
     velocity, old_velocity, direction [B, C, H, W]; reward_difference [B]; clip_range is eps (0.03);
     < > the mean over C, H, W. Gradient flows through velocity alone. Returns (loss scalar, stats).
@@ -577,7 +591,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     # Steps 1 and 2. Sample groups of images (fdfo: pairs), one microbatch after the other, and read
     # the attention to the prompt's core on the way. Threads reward what is sampled meanwhile.
     rollouts = []
-    encoded = policy.encode(prompts)
+    encoded = policy.encode(prompts)  # also finds the core tokens
     with RewardQueue(reward, prompts, settings.group_size, policy.device) as queue:
         for rows in microbatches(image_count, settings, key):
             rollout, images = sample(
@@ -585,7 +599,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
             )
             rollouts.append(rollout)
             queue.add(rows, images)
-        rewards = queue.scores()[:, 0]
+        rewards = queue.scores()[:, 0]  # column 1 is only reported
     sampled = time.perf_counter()
 
     # Step 3. Allocate: every trained step of every rollout gets a map of its own, of mean 1.
@@ -596,16 +610,17 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     # Step 4. Compare each image's reward with its group's (fdfo: with its twin's).
     advantages = group_advantages(rewards, settings.group_size).to(policy.device)
     for rollout in rollouts:
-        rollout.advantages = advantages[rollout.rows]
         if settings.fdfo:
-            pairs = rewards[rollout.rows].to(policy.device)
-            difference, direction = fdfo_direction(rollout.latents[-1], pairs)
+            pair_rewards = rewards[rollout.rows].to(policy.device)
+            difference, direction = fdfo_direction(rollout.latents[-1], pair_rewards)
             rollout.reward_difference = difference
             rollout.direction = direction
+        else:
+            rollout.advantages = advantages[rollout.rows]
 
-    # Step 5. Update the policy in one pass over the rollouts, in a few optimizer steps. At the
-    # first theta = theta_old, so the new side of its ratio is the old one too. Sampling had the
-    # same numbers unless its kernels were others: sampling_gap tells, the later steps rely on it.
+    # Step 5. Update the policy in one pass over the rollouts, in a few optimizer steps. Before the
+    # first one theta = theta_old, so its old side is taken from the same forward pass and its ratio
+    # is exactly 1. The later ones use what sampling recorded; sampling_gap is how far that is off.
     weights = loss_weights(sigmas, settings)
     history = []
     gradient_norms = []
@@ -613,12 +628,14 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     optimizer_steps = assign_to_optimizer_steps(rollouts, settings, key)
     for number, step_batch in enumerate(optimizer_steps):
         for rollout, steps in step_batch:
-            i = int(steps[0])
+            i = int(steps[0])  # all images' step; fdfo's differ, and its weights are all 1
             new, mean, std = replay_step(policy.transformer, rollout, steps, sigmas, settings)
-            old = rollout.old(steps)
+            old = rollout.sampled(steps)
             if number == 0:
-                gap_stats = objective(new.detach(), old, rollout, steps, settings)[1]
-                sampling_gap = max(sampling_gap, float(gap_stats["ratio_deviation"]))
+                _, gap = objective(new.detach(), old, rollout, steps, settings)
+                sampling_gap = max(sampling_gap, float(gap["ratio_deviation"]))
+                if gap["clip_high"] + gap["clip_low"] > 0:
+                    warn_of_gap()
                 old = new.detach()
             loss, stats = objective(new, old, rollout, steps, settings)
             if reference is not None:
@@ -630,7 +647,6 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
             (loss * weights[i] / len(step_batch)).backward()
             history.append({name: float(value) for name, value in stats.items()})
         gradient_norms.append(optimizer.step())
-    warn_of_gap(sampling_gap, settings.clip_range)
     return {
         "iteration": iteration,
         **summary(rewards, history, sampling_gap, gradient_norms, optimizer),
@@ -671,23 +687,23 @@ class Rollout:
         """Return the transformer's text inputs (embeddings [B or 2B, N, D], pooled)."""
         return self.encoded.embeddings[self.text_rows], self.encoded.pooled[self.text_rows]
 
-    def at(self, values, steps):
-        """Return values [K, B, ...] at each image's own step [B] -> [B, ...]."""
-        return values[steps, torch.arange(len(steps))]
-
-    def old(self, steps):
+    def sampled(self, steps):
         """Return what the sampling policy gave at each image's step: l_p [B, P]; fdfo: its v."""
-        if self.log_prob is None:
-            return self.at(self.velocity, steps)
-        return self.at(self.log_prob, steps)
+        kept = self.velocity if self.log_prob is None else self.log_prob
+        return at_steps(kept, steps)
+
+
+def at_steps(values, steps):
+    """Return values [K, B, ...] at each image's own step [B] -> [B, ...]."""
+    return values[steps, torch.arange(len(steps))]
 
 
 def microbatches(count, settings, key=None):
     """Return which rows this process takes together: a list of [B].
 
     With a key the images (fdfo: pairs) come in random order, so that every optimizer step sees all
-    prompts: a function of the key and never of the batch size. Under torchrun the microbatches are
-    dealt to the processes.
+    prompts; the order is a function of the key, never of the batch size. Under torchrun the
+    microbatches are dealt to the processes.
     """
     rows = torch.arange(count)
     if key is not None:
@@ -709,16 +725,17 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     """
     copies = copies or settings.group_size
     transformer = policy.transformer
-    prompts = rows // copies
-    text_rows = prompts
+    prompt_rows = rows // copies
+    core_mask = encoded.core_mask[prompt_rows]
+    text_rows = prompt_rows
     if settings.guidance > 1:
-        empty = torch.full_like(prompts, len(encoded.core_mask))
-        text_rows = torch.cat([empty, prompts])
+        empty = torch.full_like(prompt_rows, len(encoded.core_mask))
+        text_rows = torch.cat([empty, prompt_rows])
     churn = 0.0
     if settings.fdfo and noisy_steps:
         churn = settings.churn or 0.1 / settings.sampling_steps
     noise = []
-    for prompt, copy_number in zip((rows // copies).tolist(), (rows % copies).tolist()):
+    for prompt, copy_number in zip(prompt_rows.tolist(), (rows % copies).tolist()):
         noise.append(
             sample_noise(key, prompt, copy_number, noisy_steps, policy.latent_shape, churn)
         )
@@ -731,9 +748,8 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = trajectory[-1]
         blocks = settings.blocks if i < capture_steps else ()
-        core_mask = encoded.core_mask[prompts]
         with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
-            sigma_of_each = torch.full((len(rows),), sigma)
+            sigma_of_each = torch.full(rows.shape, sigma)
             velocity = predict_velocity(
                 transformer, latents, sigma_of_each, rollout.text(), settings.guidance
             )
@@ -752,7 +768,8 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
             old.append(token_log_prob(latents, mean, std, transformer.config.patch_size))
         trajectory.append(latents)
 
-    rollout.latents = torch.stack(trajectory[: (noisy_steps or len(trajectory)) + 1])
+    kept_steps = noisy_steps or len(sigmas) - 1
+    rollout.latents = torch.stack(trajectory[: kept_steps + 1])
     if attention:
         rollout.attention = torch.stack(attention)
     if old and settings.fdfo:
@@ -769,7 +786,7 @@ def generator(*key):
     neither on the batches nor on what was drawn before, and a resume needs no state.
     """
     digest = blake2b(json.dumps(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # 63 bits
 
 
 def sample_noise(key, prompt, copy_number, noisy_steps, shape, churn=0.0):
@@ -850,11 +867,11 @@ def assign_to_optimizer_steps(rollouts, settings, key):
 def replay_step(transformer, rollout, steps, sigmas, settings):
     """Take a step of the rollout again, under the transformer as it is now.
 
-    steps [B]: each image's denoising step, but for fdfo all the same. Returns (l_p [B, P] of the
+    steps [B]: each image's denoising step, one for all except with fdfo. Returns (l_p [B, P] of the
     step that was taken, mean and std of its Gaussian); fdfo's steps have no density: (v, None,
     None).
     """
-    latents = rollout.at(rollout.latents, steps)
+    latents = at_steps(rollout.latents, steps)
     sigma = torch.tensor(sigmas)[steps]
     velocity = predict_velocity(transformer, latents, sigma, rollout.text(), settings.guidance)
     if settings.fdfo:
@@ -876,20 +893,18 @@ def objective(new, old, rollout, steps, settings):
     advantages = rollout.advantages
     if settings.method == "flow-grpo":
         return flow_grpo_objective(new, old, advantages, settings.clip_range)
-    allocation = rollout.at(rollout.allocation, steps)
+    allocation = at_steps(rollout.allocation, steps)
     if settings.step_weights == "equal":
         advantages = advantages / map_norm(allocation)
     return star_objective(new, old, advantages, allocation, settings.clip_range, settings.ratio)
 
 
-def warn_of_gap(sampling_gap, clip_range):
-    """Warn (once) if sampling and update gave ratios off 1 by more than the clip range."""
-    if sampling_gap > clip_range:
-        warnings.warn(
-            "before any optimizer step, sampling and update disagree by more than the clip range "
-            "(ratio_deviation in metrics.jsonl); later ratios carry that error",
-            stacklevel=2,
-        )
+def warn_of_gap():
+    warnings.warn(
+        "before any optimizer step, ratios of update and sampling lie outside the clip range "
+        "(ratio_deviation in metrics.jsonl); later ratios carry that error",
+        stacklevel=2,
+    )
 
 
 def summary(rewards, history, sampling_gap, gradient_norms, optimizer):
@@ -929,7 +944,7 @@ def summary(rewards, history, sampling_gap, gradient_norms, optimizer):
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 EMBEDDED = "tiny"  # a folder under assets/
 ROOT = Path(__file__).resolve().parent
-GRPO = ("star", "flow-grpo")
+GRPO = ("star", "flow-grpo")  # the methods whose steps have a density
 
 
 def setting(default, help, low=-math.inf, high=math.inf, methods=(), may_change_on_resume=False):
@@ -963,9 +978,9 @@ class Settings:
 
     # STAR. The abstract gives no number, so these are ours.
     allocation_strength: float = setting(
-        1.0, "lambda: 0 uniform maps, 1 the attention's alone", 0, 1, ("star",)
+        1.0, "lambda: 0 gives uniform maps, 1 the attention's alone", 0, 1, ("star",)
     )
-    # Seg4Diff (2509.18096): of SD3.5's 24 blocks the 9th localises best.
+    # Seg4Diff (2509.18096): of SD3.5's blocks 0 to 23, block 9 localises best.
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")
     attention_hops: int = setting(
         1, "hops through the image's own attention, which complete a map", 0, 2, ("star",)
@@ -979,14 +994,14 @@ class Settings:
         "region", "clip each region's ratio, or the image's", methods=("star",)
     )
     step_weights: Literal["none", "equal"] = setting(
-        "equal", "equal: all trained steps count alike", methods=GRPO
+        "equal", "equal: all trained steps, and maps, count alike", methods=GRPO
     )
     # The signal is in the first steps, where composition is decided. Flow-GRPO trains 9.
     sde_window: int = setting(
         4, "noise and training in the first K steps, Euler's after", 1, methods=GRPO
     )
 
-    # Flow-GRPO's recipe for SD3.5 Medium, but where a comment says otherwise.
+    # Flow-GRPO's recipe for SD3.5 Medium, except where a comment says otherwise.
     iterations: int = free_setting(1000, "rounds of sampling and updating; 0: only evaluate", 0)
     # Ours: Flow-GRPO's 48 groups are for 24 GPUs.
     prompts_per_iteration: int = setting(16, "groups an iteration", 1)
@@ -1031,7 +1046,7 @@ class Settings:
         False, "a third more arithmetic, a tenth of the activations"
     )
     optimizer_device: Literal["cuda", "cpu"] = free_setting(
-        "cuda", "of masters and moments; cpu, with --gradient-checkpointing: 24 GB cards"
+        "cuda", "where masters and moments live; cpu, with --gradient-checkpointing: 24 GB cards"
     )
     train_prompts: str = setting(
         "", "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work"
@@ -1122,15 +1137,13 @@ def model_defaults(model):
         return layers
     try:
         layers |= json.loads(path.read_text())
-        named = [layers["all"], *layers["task"].values(), *layers["method"].values()]
-        unknown = layers.keys() - PRESETS.keys()
-        for values in named:
-            unknown |= values.keys() - FIELDS.keys()
+        need(layers.keys() == PRESETS.keys(), f"has other layers than {', '.join(PRESETS)}")
+        for values in (layers["all"], *layers["task"].values(), *layers["method"].values()):
+            Settings(**values)  # a TypeError for what is not a setting
             for name in values.keys() & set(FILES):
                 values[name] = str((path.parent / values[name]).resolve())
-    except Exception as error:  # no JSON, or of another shape
+    except Exception as error:  # no JSON, or not of this shape
         raise BadInput(f"{path}: {one_line(error)}") from error
-    need(not unknown, f"{path}: not a setting: {', '.join(sorted(unknown))}")
     return layers
 
 
@@ -1140,21 +1153,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """Make the command line's parser from Settings, with every layer's default in the help."""
+    """Make the command line's parser from Settings, with the defaults in the help."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    layers = {}
-    embedded = model_defaults(EMBEDDED)
-    for kind in ("task", "method"):
-        layers |= PRESETS[kind]
-        layers |= {f"{EMBEDDED} {name}": values for name, values in embedded[kind].items()}
-    layers[EMBEDDED] = embedded["all"]
+    layers = PRESETS["task"] | PRESETS["method"]
     for name, kind in get_type_hints(Settings).items():
-        help = f"{FIELDS[name].metadata['help']}"
-        if FIELDS[name].default != "":
-            help += f" [{FIELDS[name].default}]"
+        default = str(FIELDS[name].default)
         for layer, values in layers.items():
-            if name in values and name not in FILES:
-                help += f" [{layer}: {values[name]}]"
+            if name in values:
+                default += f"; {layer}: {values[name]}"
+        help = FIELDS[name].metadata["help"]
+        if default:
+            help += f" [{default}]"
         options = {"type": kind}
         if kind is bool:
             options = {"action": "store_true"}
@@ -1361,7 +1370,7 @@ class Policy:
         self.pipe = pipe
         self.settings = settings
         self.device = torch.device(device)
-        self.transformer = pipe.transformer.to(device).eval()
+        self.transformer = pipe.transformer.to(device).eval()  # sampler and update must agree
         self.vae = pipe.vae.to(device)
         config = self.transformer.config
         side = settings.resolution // pipe.vae_scale_factor
@@ -1446,48 +1455,29 @@ class Policy:
         return self.pipe.scheduler.sigmas.tolist()
 
 
-def load_policy(settings, device):
-    """Load SD3 or SD3.5 from the hub or a local folder, of which the embedded model is one.
-
-    Raises BadInput, in one line, for whatever stands in the way. safetensors only: nothing is
-    unpickled, and no code from the hub is run.
-    """
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    path = model_path(settings.model)
-    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-    parts = {}
-    if settings.t5_length == 0:
-        parts = {"text_encoder_3": None, "tokenizer_3": None}
+@contextlib.contextmanager
+def model_errors(settings):
+    """Turn whatever a loader says of what is not there, not whole or another into BadInput."""
     try:
-        # The configurations first: what does not fit is said before gigabytes are loaded.
-        config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
-        vae_config = AutoencoderKL.load_config(path, subfolder="vae")
-        check_model(settings, config, vae_config)
-        weights = None
-        if settings.transformer:
-            weights = load_file(transformer_file(settings))
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **parts
-        )
-        if weights:
-            pipe.transformer.load_state_dict(weights)
-        check_vocabulary(pipe.tokenizer, pipe.text_encoder.config)
-        check_vocabulary(pipe.tokenizer_2, pipe.text_encoder_2.config)
+        yield
     except BadInput:
         raise
-    except Exception as error:  # what a loader says of what is not there, not whole or another
+    except Exception as error:
         what = f"--model {settings.model}"
         if settings.transformer:
             what += f" --transformer {settings.transformer}"
-        raise BadInput(f"{what}: {one_line(error)}{load_remedy(path, error)}") from error
-    if settings.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    return Policy(pipe, settings, device)
+        remedy = load_remedy(model_path(settings.model), error)
+        raise BadInput(f"{what}: {one_line(error)}{remedy}") from error
 
 
-def check_model(settings, config, vae_config):
-    """Raise BadInput for settings that the model's configuration cannot meet."""
+def check_model(settings):
+    """Raise BadInput for settings that the model cannot meet, by its configuration alone."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    path = model_path(settings.model)
+    with model_errors(settings):
+        config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
+        vae_config = AutoencoderKL.load_config(path, subfolder="vae")
     depth = config["num_layers"]
     need(
         max(settings.blocks) < depth,
@@ -1499,6 +1489,37 @@ def check_model(settings, config, vae_config):
         settings.resolution <= largest,
         f"--resolution {settings.resolution}: the model knows up to {largest} px",
     )
+
+
+def load_policy(settings, device):
+    """Load SD3 or SD3.5 from the hub or a local folder, of which the embedded model is one.
+
+    Raises BadInput, in one line, for whatever stands in the way. safetensors only: nothing is
+    unpickled, and no code from the hub is run.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    parts = {}
+    if settings.t5_length == 0:
+        parts = {"text_encoder_3": None, "tokenizer_3": None}
+    with model_errors(settings):
+        weights = None
+        if settings.transformer:
+            weights = load_file(transformer_file(settings))
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            model_path(settings.model),
+            dtype={"default": dtype, "vae": torch.float32},
+            use_safetensors=True,
+            **parts,
+        )
+        if weights:
+            pipe.transformer.load_state_dict(weights)
+        check_vocabulary(pipe.tokenizer, pipe.text_encoder.config)
+        check_vocabulary(pipe.tokenizer_2, pipe.text_encoder_2.config)
+    if settings.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return Policy(pipe, settings, device)
 
 
 def check_vocabulary(tokenizer, config):
@@ -2101,7 +2122,7 @@ def save_sheet(path, cells, columns=8, side=192):
 
 
 def heat(image, allocation):
-    """Return an image [3, h, w] uint8 under its map [P]: bright as M, full where it is largest."""
+    """Return an image [3, h, w] uint8 darkened by its map [P], by the root of M / its maximum."""
     side = math.isqrt(len(allocation))
     level = (allocation / allocation.max()).sqrt().view(1, 1, side, side)
     return (image * F.interpolate(level, size=image.shape[-2:])[0]).to(torch.uint8)
@@ -2160,9 +2181,9 @@ class MasterAdamW:
             parameter.grad = None
             parameter.grad_dtype = torch.float32
         self.optimizer = torch.optim.AdamW(
-            self.masters or [torch.zeros(0)],
+            self.masters or [torch.zeros(0)],  # scoring alone has none, and AdamW wants one
             lr=learning_rate,
-            weight_decay=1e-4,
+            weight_decay=1e-4,  # Flow-GRPO's, as is the norm at which gradients are clipped
             # With mean log-densities a full-parameter gradient is small, 1e-6 to 1e-5 a parameter
             # here and less in a large model; the usual eps of 1e-8 would eat much of the step.
             eps=1e-15,
@@ -2293,8 +2314,8 @@ def checkpoints(folder):
 def save_checkpoint(folder, done, optimizer, metrics):
     """Save <folder>/<iterations done>.safetensors: masters, moments, and metrics.jsonl so far.
 
-    When it stands, all go but it and the one before: also later ones, which did not load, or the
-    run had been resumed from there.
+    Then delete all others but the one before. Later ones were damaged, or the run had been resumed
+    from there.
     """
     folder.mkdir(exist_ok=True)
     state = optimizer.state()
@@ -2418,6 +2439,7 @@ def train(settings):
     if settings.task == "geneval":
         test_prompts = merge_repeated(test_prompts)
     note_strange_words(settings, train_prompts + test_prompts)
+    check_model(settings)
     reward = make_reward(settings)  # before the big model: what is missing is said at once
     policy = load_policy(settings, device)
     out = Path(settings.out)
@@ -2546,7 +2568,7 @@ def main():
         dist.init_process_group()
         if process_rank()[0] > 0:  # the first process prints
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
-    # It would say that torchvision, unneeded here, is missing.
+    # transformers would warn that torchvision, unneeded here, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         sys.exit(train(parse_settings()))
