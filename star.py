@@ -1853,7 +1853,7 @@ def load_reward_model(model_class, processor_class, source, processor_source=Non
     return model.eval().requires_grad_(False), processor
 
 
-def compare(clip, processor, images, texts):
+def clip_output(clip, processor, images, texts):
     """Return a CLIPModel's output for images [3, h, w] and texts."""
     inputs = processor(
         images=images,
@@ -1931,7 +1931,7 @@ class GenEvalReward(torch.nn.Module):
             texts.append(f"a photo of a {colour} {name}")
             texts.append(f"a photo of a {colour}-colored {name}")
             texts.append(f"a photo of a {colour} object")
-        output = compare(self.clip, self.processor, [crop], texts)
+        output = clip_output(self.clip, self.processor, [crop], texts)
         classifier = output.text_embeds.unflatten(0, (len(GENEVAL_COLOURS), -1)).mean(1)
         similarity = output.image_embeds @ F.normalize(classifier, dim=-1).T
         return GENEVAL_COLOURS[int(similarity.argmax())]
@@ -1954,7 +1954,7 @@ class PickScoreReward(torch.nn.Module):
     @torch.no_grad()
     def forward(self, images, prompts):
         texts = [prompt.text for prompt in prompts]
-        output = compare(self.clip, self.processor, list(images), texts)
+        output = clip_output(self.clip, self.processor, list(images), texts)
         score = output.logits_per_image.diagonal().cpu()
         return torch.stack([score / 26, score], dim=1)
 
