@@ -71,7 +71,7 @@ from tqdm import tqdm
 #                                       is one image token
 #   N      text tokens    int           the joint text sequence: CLIP's positions, then T5's
 #   S      attention      [B, P]        probability mass that an image token's query puts on the
-#                                       core text tokens
+#                                       core text tokens, after --attention-hops
 #   M      allocation     [B, P]        allocation map: >= 0, mean over P exactly 1
 #   A      advantages     [B]           group-relative advantage
 #   l_p    log_prob       [B, P]        per-token mean of the Gaussian log-density of the step taken
@@ -82,7 +82,7 @@ from tqdm import tqdm
 #
 #   x_t [B, 16, 64, 64] -> 32 x 32 patches -> P = 1024 image tokens; prompt -> N = 77 + 128 tokens
 #   attention of block 9: image queries on 1024 + 205 keys, summed over the core text columns -> S
-#   mean of S from this step to the last, over its own mean -> M [B, 1024]
+#   one hop through the image's own attention, mean from this step to the last -> M [B, 1024]
 #   v [B, 16, 64, 64] -> Gaussian of the next latents -> its log-density, mean over each patch's
 #   16 x 2 x 2 numbers -> l_p [B, 1024];   reward of the final image -> A [B]
 #   loss: mean over 1024 regions of -min(rho_p M_p A, clip(rho_p) M_p A)
@@ -179,17 +179,24 @@ def step_weights(sigmas, noise_level, window):
 # *all* keys, image and text: so S is a probability, the share of an image token's attention that
 # the core gets, and can be compared between tokens. Softmax over the text keys alone would be large
 # even where a token hardly looks at the text.
+#
+# Attention to the text marks what is *drawn*: the letters of a word, not the blank places of its
+# sign where letters are missing, and that is where the reward is lost. So S takes a hop through the
+# image's own attention (--attention-hops), which carries it from the letters to what belongs with
+# them. (Ours; DiffSegmenter and iSeg complete attention maps in the same way.)
 
 
 @torch.no_grad()
-def core_attention(attn, image_states, text_states, core_mask):
+def core_attention(attn, image_states, text_states, core_mask, hops=0):
     """Return S: the share of each image token's attention that the core text tokens get.
 
-        S = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
+        S  = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
+        S <- mean over heads of softmax(Q_image K_image^T / sqrt(d)) S                   in each hop
 
     1_core is 1 at the core text tokens and 0 elsewhere: so S is attention to *values that are the
     indicator of the core tokens*, one more scaled_dot_product_attention, and the [P, P + N] matrix
     is never formed. Every channel of the value is the indicator, so any channel of the output is S.
+    A hop has S as its value.
 
     attn: diffusers Attention of an SD3 block; image_states [B', P, D], text_states [B', N, D]: its
     inputs; core_mask [B, N] bool. With CFG, B' = 2B and the conditional half comes last. Returns
@@ -202,31 +209,35 @@ def core_attention(attn, image_states, text_states, core_mask):
         states = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         return states if norm is None else norm(states)
 
+    def attend(query, key, value):  # value [B, L], the same in all heads and channels -> [B, P]
+        value = value.to(key.dtype)[:, None, :, None].expand_as(key).contiguous()
+        return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)
+
     query = split_heads(attn.to_q(image_states), attn.norm_q)
     image_key = split_heads(attn.to_k(image_states), attn.norm_k)
     text_key = split_heads(attn.add_k_proj(text_states), attn.norm_added_k)
-    key = torch.cat([image_key, text_key], dim=2)  # image tokens first
-    indicator = F.pad(core_mask.to(key.dtype), (image_states.shape[1], 0))  # [B, P + N]
-    value = indicator[:, None, :, None].expand_as(key).contiguous()
-    attention = F.scaled_dot_product_attention(query, key, value)[..., 0]  # [B, heads, P]
-    return attention.float().mean(1)
+    indicator = F.pad(core_mask, (image_states.shape[1], 0))  # [B, P + N], image tokens first
+    attention = attend(query, torch.cat([image_key, text_key], dim=2), indicator)
+    for _ in range(hops):
+        attention = attend(query, image_key, attention)
+    return attention
 
 
 @contextlib.contextmanager
-def capture_attention(transformer, core_mask, blocks):
+def capture_attention(transformer, core_mask, blocks, hops=0):
     """Within this context every forward of an SD3Transformer2DModel leaves S in the list it yields.
 
     core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] per
-    block, in order. Hooks read what the attention is given, so the output is bitwise what it is
-    without; they are removed on exit, also after an exception. SD3.5's second attention (attn2)
-    sees no text and is left alone.
+    block, in order, after `hops` hops. Hooks read what the attention is given, so the output is
+    bitwise what it is without; they are removed on exit, also after an exception. SD3.5's second
+    attention (attn2) sees no text and is left alone.
     """
     captured = []
 
     def read(attn, _, inputs):
         image_states = inputs["hidden_states"]
         text_states = inputs["encoder_hidden_states"]
-        captured.append(core_attention(attn, image_states, text_states, core_mask))
+        captured.append(core_attention(attn, image_states, text_states, core_mask, hops))
 
     hooks = []
     for block in blocks:
@@ -325,12 +336,9 @@ def token_mask(spans, offsets):
 # the step, and knows where the content ended up (--attention-steps later; own: the step's alone).
 # With 4 of 10 steps trained, though, its maps share seven summands: they vary more by rollout.
 #
-# Which images? Attention marks what is *drawn*. On an image that is better than its group this is
-# where the advantage was earned. On a worse one the reward was lost where something is missing or
-# wrong, which the attention does not tell: there every region counts alike (--attention-images
-# better; all: every image has a map). The abstract speaks of neither; we chose both by measuring
-# how much of the reward's gradient each map carries (README.md, Result). For language models
-# arXiv 2510.13554 weights by later tokens' attention, and only where A >= 0.
+# A map on the better images alone (as arXiv 2510.13554 has it for language models) looks better
+# still by the signal of its gradient, but keeps half of that when advantages are dealt at random:
+# what it adds is a push toward what is drawn, whatever the reward says. So all images have maps.
 #
 # M has mean 1 at every step, so a map moves credit over space only. (--step-weights equal then
 # divides A by the map's root mean square m, so that a concentrated map gets no larger a gradient.)
@@ -737,7 +745,7 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = trajectory[-1]
         blocks = settings.blocks if i < capture_steps else ()
-        with capture_attention(transformer, core_mask, blocks) as maps:
+        with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
             sigma_of_each = torch.full(rows.shape, sigma)
             velocity = predict_velocity(
                 transformer, latents, sigma_of_each, rollout.text(), settings.guidance
@@ -825,8 +833,7 @@ def allocate(attention, settings):
 def compare(rollouts, rewards, settings):
     """Give every rollout its images' advantages (fdfo: reward differences and directions).
 
-    rewards [rows]: of all the iteration's images. Where only the better images keep their maps,
-    the others' become uniform: what a worse image lacks is not in its attention.
+    rewards [rows]: of all the iteration's images.
     """
     advantages = group_advantages(rewards, settings.group_size)
     for rollout in rollouts:
@@ -836,11 +843,8 @@ def compare(rollouts, rewards, settings):
             difference, direction = fdfo_direction(rollout.latents[-1], pair_rewards)
             rollout.reward_difference = difference
             rollout.direction = direction
-            continue
-        rollout.advantages = advantages[rollout.rows].to(device)
-        if settings.method == "star" and settings.attention_images == "better":
-            better = rollout.advantages[:, None] >= 0
-            rollout.allocation = rollout.allocation.where(better, 1.0)
+        else:
+            rollout.advantages = advantages[rollout.rows].to(device)
 
 
 def loss_weights(sigmas, settings):
