@@ -640,6 +640,247 @@ def test_every_method_learns_to_make_images_brighter_or_darker(mini, arguments):
     assert ends[0].mean() > ends[1].mean() + 0.5 * ends[1].std()
     assert ("allocation_entropy" in metrics) == (settings.method == "star")
 
+# --- one whole iteration, once more from the formulas ------------------------------------------------
+
+
+def naive_forward(transformer, latents, sigma, text, pooled, blocks=()):
+    """One image, one text, one forward pass: (v [C, H, W], {(block, name): its queries or keys})."""
+    kept = {}
+    hooks = []
+    for block in blocks:
+        for name in ("norm_q", "norm_k", "norm_added_k"):
+
+            def keep(module, given, output, place=(block, name)):
+                kept[place] = output[0].detach()  # [heads, L, head_dim]
+
+            attn = transformer.transformer_blocks[block].attn
+            hooks.append(getattr(attn, name).register_forward_hook(keep))
+    velocity = transformer(
+        hidden_states=latents[None],
+        encoder_hidden_states=text[None],
+        pooled_projections=pooled[None],
+        timestep=torch.tensor([1000 * sigma], dtype=torch.float64),
+        return_dict=False,
+    )[0][0]
+    for hook in hooks:
+        hook.remove()
+    return velocity, kept
+
+
+def naive_attention(kept, blocks, core, hops):
+    """S [P] of one image: the softmax over all keys as one full matrix, its columns of the core
+    summed; for every hop carried on by the softmax over the image's own keys. Averaged over heads
+    and blocks."""
+    maps = []
+    for block in blocks:
+        query = kept[block, "norm_q"]
+        image_key = kept[block, "norm_k"]
+        text_key = kept[block, "norm_added_k"]
+        tokens, width = query.shape[1:]
+        scores = query @ torch.cat([image_key, text_key], dim=1).mT / math.sqrt(width)
+        joint = torch.softmax(scores, dim=-1)  # [heads, P, P + N]
+        attention = joint[:, :, tokens:][:, :, core].sum(-1).mean(0)
+        own = torch.softmax(query @ image_key.mT / math.sqrt(width), dim=-1).mean(0)  # [P, P]
+        for _ in range(hops):
+            attention = own @ attention
+        maps.append(attention)
+    return sum(maps) / len(maps)
+
+
+def naive_step(latents, velocity, sigma, after, sigma_1, noise_level):
+    """(mean, std, s) of the SDE's step: the flow's own way, and half the noise's variance uphill."""
+    lasts = sigma - after
+    s = noise_level * math.sqrt(sigma / (1 - min(sigma, sigma_1)))
+    score = -(latents + (1 - sigma) * velocity) / sigma
+    return latents - velocity * lasts + s**2 / 2 * score * lasts, s * math.sqrt(lasts), s
+
+
+def naive_log_prob(taken, mean, std):
+    """l_p of one image, region by region."""
+    regions = []
+    for top in range(0, taken.shape[1], 2):
+        for left in range(0, taken.shape[2], 2):
+            here = (slice(None), slice(top, top + 2), slice(left, left + 2))
+            density = torch.distributions.Normal(mean[here], std).log_prob(taken[here])
+            regions.append(density.sum() / density.numel())
+    return torch.stack(regions)
+
+
+def naive_advantages(rewards, group_size):
+    known = [reward for reward in rewards if math.isfinite(reward)]
+    spread = statistics.pstdev(known) + 1e-4
+    advantages = []
+    for row, reward in enumerate(rewards):
+        first = row - row % group_size
+        group = [r for r in rewards[first : first + group_size] if math.isfinite(r)]
+        advantage = 0.0
+        if math.isfinite(reward):
+            advantage = max(-5.0, min(5.0, (reward - statistics.mean(group)) / spread))
+        advantages.append(advantage)
+    return advantages
+
+
+def naive_loss(log_prob, old, advantage, allocation, settings, clipped):
+    """The objective of one image at one step, up to a constant; `clipped` collects what was."""
+    loss = 0.0
+    image_ratio = math.exp(sum((log_prob - old).tolist()) / len(old))
+    for region, share in enumerate(allocation):
+        log_ratio = log_prob[region] - old[region]
+        ratio, eps = math.exp(log_ratio.item()), settings.clip_range * math.sqrt(len(old))
+        if settings.method == "flow-grpo" or settings.ratio == "image":
+            ratio, eps = image_ratio, settings.clip_range
+        stopped = (advantage > 0 and ratio > 1 + eps) or (advantage < 0 and ratio < 1 - eps)
+        clipped.append(stopped)
+        if not stopped:  # d rho = rho d l
+            loss = loss - share * advantage * ratio * log_ratio / len(old)
+    return loss
+
+
+class NaiveIteration:
+    """An iteration's samples and gradients from the formulas alone: image by image, step by step,
+    region by region, in float64. Of star.py it has the model with its text features, and the noise."""
+
+    def __init__(self, policy, reference, prompts, settings):
+        self.policy = policy
+        self.reference = reference
+        self.settings = settings
+        self.sigmas = policy.sigmas(settings.sampling_steps)
+        self.embeddings, self.pooled = policy.encode([*(prompt.text for prompt in prompts), ""])
+        self.core = policy.core_mask(prompts)
+        rows = len(prompts) * settings.group_size
+        with torch.no_grad():
+            self.trajectories = [self.draw(policy.transformer, row) for row in range(rows)]
+        final = torch.stack([latents[-1] for latents, _, _ in self.trajectories])
+        self.images = policy.decode(final.float())
+
+    def velocity(self, transformer, latents, sigma, row, blocks=()):
+        prompt = row // self.settings.group_size
+        prompted, kept = naive_forward(
+            transformer, latents, sigma, self.embeddings[prompt], self.pooled[prompt], blocks
+        )
+        empty, _ = naive_forward(transformer, latents, sigma, self.embeddings[-1], self.pooled[-1])
+        return empty + self.settings.guidance * (prompted - empty), kept
+
+    def step(self, transformer, latents, i, row):
+        """(mean, std, s) of step i."""
+        velocity, _ = self.velocity(transformer, latents, self.sigmas[i], row)
+        around = self.sigmas[i], self.sigmas[i + 1], self.sigmas[1]
+        return naive_step(latents, velocity, *around, self.settings.noise_level)
+
+    def draw(self, transformer, row):
+        """(latents, l_p of every trained step, map of every trained step) of one image."""
+        settings = self.settings
+        place = divmod(row, settings.group_size)
+        key = (settings.seed, 1)
+        noise = star.sample_noise(key, *place, settings.sde_window, self.policy.latent_shape)
+        noise = noise.double()
+        latents, old, attention = [noise[0]], [], []
+        for i, (sigma, after) in enumerate(pairwise(self.sigmas)):
+            velocity, kept = self.velocity(transformer, latents[i], sigma, row, settings.blocks)
+            hops = getattr(settings, "attention_hops", 0)
+            attention.append(naive_attention(kept, settings.blocks, self.core[place[0]], hops))
+            if i < settings.sde_window:
+                mean, std, _ = self.step(transformer, latents[i], i, row)
+                latents.append(mean + std * noise[i + 1])
+                old.append(naive_log_prob(latents[i + 1], mean, std))
+            else:
+                latents.append(latents[i] - (sigma - after) * velocity)
+        maps = []
+        for i in range(settings.sde_window):
+            used = attention[i : i + 1]
+            if getattr(settings, "attention_steps", "own") == "later":
+                used = attention[i:]
+            mean = sum(used) / len(used)
+            relative = mean / (mean.sum() / len(mean))
+            maps.append((1 - settings.allocation_strength) + settings.allocation_strength * relative)
+        return latents, old, maps
+
+    def weights(self):
+        """--step-weights equal: std / |d mean / d v|, of mean 1."""
+        weights = []
+        for i in range(self.settings.sde_window):
+            around = self.sigmas[i], self.sigmas[i + 1], self.sigmas[1], self.settings.noise_level
+            zero = torch.zeros(1, dtype=torch.float64)
+            lower, std, _ = naive_step(zero, zero, *around)
+            upper, _, _ = naive_step(zero, zero + 1, *around)  # the mean is linear in v
+            weights.append(std / abs((upper - lower).item()))
+        return [weight * len(weights) / sum(weights) for weight in weights]
+
+    def gradient(self, transformer, rows, advantages):
+        """(the gradient of one optimizer step on these images, which of its ratios are clipped)."""
+        settings, clipped = self.settings, []
+        transformer.zero_grad()
+        for row in rows:
+            latents, old, maps = self.trajectories[row]
+            for i, weight in enumerate(self.weights()):
+                mean, std, s = self.step(transformer, latents[i], i, row)
+                with torch.no_grad():
+                    reference_mean, _, _ = self.step(self.reference, latents[i], i, row)
+                allocation = maps[i]
+                if settings.method == "flow-grpo":
+                    allocation = torch.ones_like(allocation)
+                if hasattr(star, "map_norm"):  # every map counts alike
+                    allocation = allocation / (sum(allocation**2) / len(allocation)) ** 0.5
+                log_prob = naive_log_prob(latents[i + 1], mean, std)
+                loss = naive_loss(log_prob, old[i], advantages[row], allocation, settings, clipped)
+                kl = ((mean - reference_mean) ** 2).mean() / (2 * s**2)
+                part = weight / (len(rows) * settings.sde_window)
+                ((loss + settings.kl * kl) * part).backward()
+        return [parameter.grad for parameter in transformer.parameters()], clipped
+
+
+ITERATIONS = ["--ratio region", "--ratio image", "--method flow-grpo"]
+if "attention_hops" in star.FIELDS:
+    ITERATIONS += ["--attention-hops 0 --attention-steps own", "--attention-hops 2"]
+
+
+@pytest.mark.parametrize("arguments", ITERATIONS)
+def test_a_whole_iterations_gradient_is_the_naive_ones(mini, monkeypatch, arguments):
+    """Both optimizer steps of an iteration: guidance, KL to another model, weighted steps, maps, a
+    missing reward. The second starts from other weights than sampled, so that ratios are clipped."""
+    policy, settings = mini(
+        "--guidance 4.5 --kl 0.04 --step-weights equal --attention-blocks 1,2 --sampling-steps 5 "
+        f"--batch-size 2 --optimizer-steps 2 {arguments}"
+    )
+    policy.transformer.double()  # so that rounding does not hide a difference
+    reference = copy.deepcopy(policy.transformer).requires_grad_(False)
+    for number, parameter in enumerate(reference.parameters()):
+        parameter += 0.02 * randn(*parameter.shape, seed=number)
+    naive = NaiveIteration(policy, reference, PROMPTS, settings)
+    rewards = [0.1, 0.9, math.nan, 0.4, 0.3, 0.35, 0.8, 0.2]
+
+    def reward(images, prompts):  # of the naive image that looks the same
+        distances = (naive.images.float() - images.float()).abs().amax((1, 2, 3))
+        assert distances.min() <= 1 < distances.sort().values[1]
+        return torch.full((1, 2), rewards[distances.argmin()])
+
+    taken = star.MasterAdamW.step
+    found = []
+
+    def step(self):
+        model = copy.deepcopy(policy.transformer)
+        found.append((model, [parameter.grad.double() for parameter in self.parameters]))
+        return taken(self)
+
+    monkeypatch.setattr(star.MasterAdamW, "step", step)
+    iterate(policy, settings, reference, rate=3e-4, reward=reward)
+    order = torch.cat(star.microbatches(len(rewards), settings, (settings.seed, 1))).tolist()
+    advantages = naive_advantages(rewards, settings.group_size)
+    assert len(found) == 2
+    for number, (model, gradient) in enumerate(found):
+        rows = order[4 * number : 4 * number + 4]
+        expected, clipped = naive.gradient(model, rows, advantages)
+        error = distance(gradient, expected)
+        assert error < 1e-5, f"optimizer step {number}: the gradient is off by {error:.1e}"
+        assert any(clipped) == (number == 1) and not all(clipped)
+
+
+def distance(tensors, expected):
+    """Relative, in the Euclidean norm."""
+    differences = [(a - b).norm() for a, b in zip(tensors, expected, strict=True)]
+    lengths = [tensor.norm() for tensor in expected]
+    return (torch.stack(differences).norm() / torch.stack(lengths).norm()).item()
+
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 def test_the_optimizer_starts_clean_and_adds_bf16_gradients_up_in_fp32():
