@@ -1,8 +1,9 @@
 """What star.py claims, checked: the mathematics against independent formulae, then the program as a user runs it.
 
-`python -m pytest` runs everything on a CPU in a few minutes, with nothing downloaded. Two commands are for by hand:
+`python -m pytest` runs everything on a CPU in a few minutes, with nothing downloaded. Three commands are for by hand:
 
     python test_star.py cost [star.py's arguments]    seconds of star and flow-grpo, of a short and the full SDE window
+    python test_star.py faults                        six faults in a copy of star.py, each found by its gradient
     python test_star.py kill 100                      kill runs at random moments; resumed, they must end bitwise alike
 """
 
@@ -848,11 +849,12 @@ def test_a_whole_iterations_gradient_is_the_naive_ones(mini, monkeypatch, argume
         parameter += 0.02 * randn(*parameter.shape, seed=number)
     naive = NaiveIteration(policy, reference, PROMPTS, settings)
     rewards = [0.1, 0.9, math.nan, 0.4, 0.3, 0.35, 0.8, 0.2]
+    levels = []
 
     def reward(images, prompts):  # of the naive image that looks the same
-        distances = (naive.images.float() - images.float()).abs().amax((1, 2, 3))
-        assert distances.min() <= 1 < distances.sort().values[1]
-        return torch.full((1, 2), rewards[distances.argmin()])
+        differences = (naive.images.float() - images.float()).abs().amax((1, 2, 3))
+        levels.append(differences.min().item())
+        return torch.full((1, 2), rewards[differences.argmin()])
 
     taken = star.MasterAdamW.step
     found = []
@@ -864,6 +866,7 @@ def test_a_whole_iterations_gradient_is_the_naive_ones(mini, monkeypatch, argume
 
     monkeypatch.setattr(star.MasterAdamW, "step", step)
     iterate(policy, settings, reference, rate=3e-4, reward=reward)
+    assert max(levels) <= 1, f"sampling: an image is off by {max(levels):.0f} levels of 255"
     order = torch.cat(star.microbatches(len(rewards), settings, (settings.seed, 1))).tolist()
     advantages = naive_advantages(rewards, settings.group_size)
     assert len(found) == 2
@@ -1627,5 +1630,69 @@ def kill_runs(kills="100", folder=None):
         runs += 1
     print(json.dumps({"kills": sum(hits), "runs": runs, **dict(zip(MOMENTS, hits))}))
 
+# --- faults, by hand: python test_star.py faults -----------------------------------------------------
+
+FAULTS = {  # what goes wrong: (a place in star.py, what a slip of the hand would make of it)
+    "the halves of guidance swapped": (
+        "empty, prompt = velocity.chunk(2)",
+        "prompt, empty = velocity.chunk(2)",
+    ),
+    "the step weights in the wrong order": (
+        "for weight in weights]",
+        "for weight in reversed(weights)]",
+    ),
+    "the KL's sign": (
+        "loss + settings.kl * kl",
+        "loss - settings.kl * kl",
+    ),
+    "the map of another step": (
+        "rollout.allocation[steps, rollout.each]",
+        "rollout.allocation[steps - 1, rollout.each]",
+    ),
+    "the advantage of another row": (
+        "advantages[rollout.rows]",
+        "advantages[rollout.rows - 1]",
+    ),
+    "a sum where a mean belongs": (
+        "return loss.mean(), ratio_stats",
+        "return loss.sum(), ratio_stats",
+    ),
+}
+
+
+def with_fault(name):
+    """The source of star.py with one fault. ValueError where its place is not, or not the only one."""
+    source = (ROOT / "star.py").read_text()
+    right, wrong = FAULTS[name]
+    if source.count(right) != 1:
+        raise ValueError(f"{name}: star.py holds {right!r} {source.count(right)} times, not once")
+    return source.replace(right, wrong)
+
+
+def find_faults():
+    """Put every fault into a copy of star.py: the test of a whole iteration must fail on each."""
+    missed = []
+    for name in FAULTS:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(__file__, folder)
+            Path(folder, "star.py").write_text(with_fault(name))
+            test = f"test_star.py::{test_a_whole_iterations_gradient_is_the_naive_ones.__name__}"
+            command = [sys.executable, "-m", "pytest", "-q", "-x", test]
+            run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        found = re.search(r"AssertionError: (.* is off by .*)", run.stdout)
+        if found:
+            print(f"caught  {name}: {found[1]}", flush=True)
+        else:
+            print(f"MISSED  {name}\n{run.stdout}", flush=True)
+            missed.append(name)
+    print(f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults caught")
+    sys.exit(len(missed))
+
+
+def test_the_faults_have_their_places():
+    for name in FAULTS:
+        assert with_fault(name)
+
+
 if __name__ == "__main__":
-    {"cost": measure_cost, "kill": kill_runs, "process": process}[sys.argv[1]](*sys.argv[2:])
+    {"cost": measure_cost, "faults": find_faults, "kill": kill_runs, "process": process}[sys.argv[1]](*sys.argv[2:])
