@@ -97,30 +97,93 @@ def test_token_log_prob_is_the_gaussian_log_density_averaged_per_token():
     with pytest.raises(ValueError, match="std"):
         star.token_log_prob(x, mean, 0.0)
 
-def test_marginal_of_a_gaussian_is_kept_as_steps_grow():
-    """Data N(0, s^2): the exact velocity is linear in x, and the SDE must end with the data's spread, at any noise."""
-    spread, noise, errors = 0.5, torch.Generator().manual_seed(0), []
-    for steps in (10, 40, 160):
-        sigmas = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 0, steps + 1).tolist()]
-        x = torch.randn(200_000, generator=noise)
-        for sigma, after in pairwise(sigmas):
-            variance = ((1 - sigma) * spread) ** 2 + sigma**2
-            velocity = (sigma - (1 - sigma) * spread**2) / variance * x  # E[n - x_0 | x_t = x]
-            mean, std = star.sde_mean_std(x, velocity, sigma, after, sigmas[1], 0.7)
-            x = mean + std * torch.randn(len(x), generator=noise)
-        errors.append(abs(x.std().item() - spread))
-    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.01
+SPREAD = 0.5  # of Gaussian data, whose flow we know
+
+
+def marginal(sigma):
+    """The variance of x_t = (1 - sigma) x_0 + sigma n."""
+    return ((1 - sigma) * SPREAD) ** 2 + sigma**2
+
+
+def spread_of_samples(step, steps):
+    """Standard deviation of what the sampler ends with, exactly. Gaussian data make the velocity
+    proportional to x, so that a step is x' = factor x + std eps, and the variance a recursion.
+
+    step(x, velocity, sigma, sigma_next, sigma_1) -> (mean, std)"""
+    sigmas = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 0, steps + 1).tolist()]
+    variance = 1.0
+    for sigma, after in pairwise(sigmas):
+        slope = (sigma - (1 - sigma) * SPREAD**2) / marginal(sigma)  # E[n - x_0 | x_t = 1]
+        factor, std = step(torch.ones(1), torch.full((1,), slope), sigma, after, sigmas[1])
+        variance = factor.item() ** 2 * variance + std**2
+    return math.sqrt(variance)
+
+
+def test_the_sde_keeps_the_datas_spread_and_without_its_score_term_does_not():
+    def sde(x, velocity, sigma, after, sigma_1):
+        return star.sde_mean_std(x, velocity, sigma, after, sigma_1, 0.7)
+
+    def noise_alone(x, velocity, sigma, after, sigma_1):
+        _, std = sde(x, velocity, sigma, after, sigma_1)
+        return x + (after - sigma) * velocity, std  # Euler's mean, the SDE's noise
+
+    few, more, many = (abs(spread_of_samples(sde, steps) - SPREAD) for steps in (10, 40, 160))
+    assert few > 2 * more > 4 * many and many < 0.005
+    assert spread_of_samples(noise_alone, 160) > 1.5 * SPREAD
+    assert spread_of_samples(noise_alone, 640) > 1.5 * SPREAD  # smaller steps do not mend it
+
+
+def test_the_drift_goes_uphill_by_half_the_noises_variance():
+    """Data at -1 and 1: the density of x_t is two Gaussians, and autograd gives its score. Time runs
+    from sigma = 1 to 0, so that a step adds noise of variance std^2, whatever the sign of dt, and
+    must climb by std^2 / 2 times the score to stay in the same density."""
+    for sigma, after in pairwise(SIGMAS):
+        x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+        ends = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+        log_densities = torch.distributions.Normal((1 - sigma) * ends, sigma).log_prob(x)
+        (score,) = torch.autograd.grad(torch.logsumexp(log_densities, dim=0).sum(), x)
+        mean_x_0 = (torch.softmax(log_densities, dim=0) * ends).sum(0)
+        velocity = ((x - mean_x_0) / sigma).detach()  # E[n - x_0 | x_t = x]
+        mean, std = star.sde_mean_std(x.detach(), velocity, sigma, after, SIGMAS[1], 0.7)
+        uphill = mean - (x.detach() + (after - sigma) * velocity)
+        torch.testing.assert_close(uphill, (std**2 / 2 * score), rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_steps_noise_is_finite_and_exactly_a():
+    """s is infinite at sigma = 1; with 1 - sigma_1 in the denominator std = s sqrt(1 - sigma_1) = a."""
+    zero = torch.zeros(1)
+    for sigma_1 in (0.5, 0.96, 0.999):
+        assert star.sde_mean_std(zero, zero, 1.0, sigma_1, sigma_1, 0.7)[1] == pytest.approx(0.7)
+    with pytest.raises(ZeroDivisionError):  # what it mends
+        star.sde_mean_std(zero, zero, 1.0, 0.96, 1.0, 0.7)
+
 
 def test_step_weights():
     full = star.step_weights(SIGMAS, 0.7, 9)
-    assert [round(weight, 2) for weight in full] == [2.95, 2.14, 1.30, 0.89, 0.64, 0.45, 0.31, 0.20, 0.11]
-    assert [round(weight, 2) for weight in star.step_weights(SIGMAS, 0.7, 4)] == [1.62, 1.18, 0.71, 0.49]
-    velocity, norms = torch.zeros(1, 1, 2, 2, requires_grad=True), []
-    for weight, pair in zip(full, pairwise(SIGMAS)):  # |d log p / d velocity|, one std away, is the same at every step
-        mean, std = star.sde_mean_std(torch.zeros(1, 1, 2, 2), velocity, *pair, SIGMAS[1], 0.7)
-        log_prob = star.token_log_prob(mean.detach() + std, mean, std)
-        norms.append(weight * torch.autograd.grad(log_prob.sum(), velocity)[0].norm().item())
-    assert sum(full) == pytest.approx(9) and norms == pytest.approx([norms[0]] * 9, rel=1e-4)
+    assert [round(weight, 2) for weight in full] == [
+        2.95, 2.14, 1.30, 0.89, 0.64, 0.45, 0.31, 0.20, 0.11
+    ]  # fmt: skip
+    four = star.step_weights(SIGMAS, 0.7, 4)
+    assert [round(weight, 2) for weight in four] == [1.62, 1.18, 0.71, 0.49]
+    assert sum(full) == pytest.approx(9) and sum(four) == pytest.approx(4)
+
+
+def test_a_steps_weight_is_the_inverse_of_its_log_densitys_gradient():
+    """d l / d v = (x' - mean) / std^2 d mean / d v, and (x' - mean) / std is N(0, 1): so the root mean
+    square of the gradient, by autograd over many draws of x', is |d mean / d v| / std."""
+    sizes = []
+    for sigma, after in pairwise(SIGMAS[:-1]):
+        velocity = torch.zeros(10_000, requires_grad=True)
+        latents = torch.zeros(10_000)
+        mean, std = star.sde_mean_std(latents, velocity, sigma, after, SIGMAS[1], 0.7)
+        taken = mean.detach() + std * randn(10_000)
+        log_density = torch.distributions.Normal(mean, std).log_prob(taken)
+        (gradient,) = torch.autograd.grad(log_density.sum(), velocity)
+        sizes.append(gradient.square().mean().sqrt().item())
+    assert 20 < sizes[-1] / sizes[0] < 30  # unweighted, the last steps dominate
+    weights = star.step_weights(SIGMAS, 0.7, 9)
+    weighted = [weight * size for weight, size in zip(weights, sizes, strict=True)]
+    assert weighted == pytest.approx([weighted[0]] * 9, rel=1e-4)
 
 # --- 2. attention and the core of the prompt --------------------------------------------------------------------------
 
@@ -346,6 +409,50 @@ def test_region_ratio_against_a_loop():
     assert stats["allocation_top10"].item() == pytest.approx(top.mean().item())
     uniform = star.star_objective(log_prob, old, advantages, torch.ones(3, 16), 1e-4, "region")[1]
     assert uniform["allocation_entropy"].item() == pytest.approx(1) and stats["allocation_entropy"] < 1
+
+def test_a_shuffled_map_keeps_its_mean_and_norm_but_not_its_places():
+    """So it tells whether a map helps by where it looks, or merely by weighting regions unevenly."""
+    attention = 0.1 * rand(1, 36)
+    core = [0, 1, 6, 7]  # the top left corner of 6 x 6 regions
+    attention[0, core] += 1
+    allocation = star.allocation_map(attention, 1.0)
+    old, advantage = torch.zeros(1, 36), torch.ones(1)
+
+    def shares(allocation):  # of the gradient, region by region
+        given = old, advantage, allocation, 1e-4
+        return value_and_gradient(star.star_objective, old, *given)[1][0] / -advantage
+
+    on_core = []
+    for seed in range(500):
+        order = torch.randperm(36, generator=torch.Generator().manual_seed(seed))
+        shuffled = allocation[:, order]
+        torch.testing.assert_close(shuffled.mean(), allocation.mean())
+        torch.testing.assert_close(shuffled.square().mean(), allocation.square().mean())
+        on_core.append(shares(shuffled)[core].sum().item())
+    assert shares(allocation).sum().item() == pytest.approx(1)
+    assert shares(allocation)[core].sum() > 0.6
+    assert statistics.mean(on_core) == pytest.approx(4 / 36, abs=0.02)  # no more than its area
+
+
+def test_an_unscaled_clip_range_clips_nearly_all_regions_and_sqrt_p_as_many_as_of_the_images():
+    """The variance of a mean of n independent numbers is 1 / n of theirs: a region's log-ratio, a mean
+    over 64, spreads sqrt(P) times as wide as the image's, a mean over 64 P."""
+    images, tokens, eps = 200, 1024, 1e-4
+    numbers = 0.5 * eps * math.sqrt(64 * tokens) * randn(images, tokens, 64)
+    log_ratio = numbers.mean(-1)  # [B, P], of regions that have nothing in common
+    spread = log_ratio.std() / log_ratio.mean(-1).std()
+    assert spread.item() == pytest.approx(math.sqrt(tokens), rel=0.1)
+
+    def clipped(objective, *arguments):
+        stats = objective(log_ratio, torch.zeros_like(log_ratio), torch.ones(images), *arguments)[1]
+        return (stats["clip_high"] + stats["clip_low"]).item()
+
+    uniform = torch.ones_like(log_ratio)
+    scalar = clipped(star.flow_grpo_objective, eps)
+    scaled = clipped(star.star_objective, uniform, eps, "region")
+    unscaled = clipped(star.star_objective, uniform, eps / math.sqrt(tokens), "region")
+    assert scalar == pytest.approx(0.05, abs=0.03) and scaled == pytest.approx(0.05, abs=0.01)
+    assert unscaled > 0.9
 
 def test_kl_is_flow_grpos_and_pulls_back():
     sigma, after, latents = SIGMAS[3], SIGMAS[4], randn(2, 4, 8, 8)
@@ -591,6 +698,38 @@ def test_images_are_shuffled_by_the_iterations_key_and_their_noise_is_their_own(
     assert len({star.generator(*key).initial_seed() for key in keys}) == 5
     judge = lambda **changes: star.evaluate(policy, PROMPTS, brightness, dataclasses.replace(settings, **changes))[0]
     assert judge() == judge(seed=7, sde_window=1, method="flow-grpo") and judge() != judge(eval_steps=4)
+
+def test_an_epoch_deals_every_prompt_once_in_an_order_of_its_own():
+    """Ten prompts, four an iteration: the third iteration takes the last two of the first epoch, and
+    the first two of the second."""
+    prompts = [star.Prompt(str(number)) for number in range(10)]
+    settings = star.Settings(prompts_per_iteration=4, seed=0)
+
+    def dealt(settings):
+        chosen = [star.pick_prompts(prompts, settings, iteration) for iteration in range(1, 6)]
+        return [prompt for part in chosen for prompt in part]
+
+    deals = dealt(settings)
+    assert sorted(deals[:10]) == sorted(deals[10:]) == prompts
+    assert deals[:10] != deals[10:] and deals[:10] != prompts
+    assert deals == dealt(settings) != dealt(dataclasses.replace(settings, seed=1))
+
+
+def test_a_region_is_the_same_place_in_the_model_the_density_and_the_picture():
+    """Latents of 4 x 6 that differ in the top right patch alone: region 2 of 2 x 3, not 4 as it would
+    be in a transposed map. And a map's bright corner stays in its corner."""
+    latents, changed = torch.zeros(1, 4, 4, 6), torch.zeros(1, 4, 4, 6)
+    changed[..., :2, 4:] = 1.0
+    transformer = sd3_transformer()
+    with torch.no_grad():
+        differs = (transformer.pos_embed(changed) != transformer.pos_embed(latents)).any(-1)
+    assert differs[0].nonzero().flatten().tolist() == [2]
+    log_prob = star.token_log_prob(changed, latents, 1.0)[0]
+    assert (log_prob < log_prob.max()).nonzero().flatten().tolist() == [2]
+    allocation = torch.zeros(9)
+    allocation[2] = 9.0  # the top right of 3 x 3
+    picture = star.heat(torch.full((3, 12, 12), 255, dtype=torch.uint8), allocation)
+    assert (picture[:, :4, 8:] == 255).all() and picture.float().sum() == 3 * 4 * 4 * 255
 
 def test_fdfo_deals_every_image_every_step_once_and_all_images_into_every_optimizer_step():
     settings = star.parse_settings(["--model", "tiny", "--method", "fdfo"])
