@@ -412,9 +412,9 @@ def group_advantages(rewards, group_size):
 # side that A says, and M only scales it. What is clipped is --ratio's choice:
 #   region  rho_p = exp(l_p - l_p_old), each region's own. l_p is a mean over 64 numbers, the
 #           image's over 64 P. The variance of a mean of n independent numbers goes as 1 / n, so
-#           l_p - l_p_old spreads sqrt(P) times wider, and eps is widened by that: right for independent
-#           regions, generous where they drift together. (The default; BoxFlow-GRPO, arXiv
-#           2606.06113, takes it with eps as it is.)
+#           l_p - l_p_old spreads sqrt(P) times wider, and eps is widened by that: right for
+#           independent regions, generous where they drift together. (The default; BoxFlow-GRPO,
+#           arXiv 2606.06113, takes it with eps as it is.)
 #   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient.
 #           Flow-GRPO's ratio in value, in Flow-GRPO's clip range, with a gradient for each region:
 #           -sum_p M_p A r grad l_p / P where the image is not clipped, 0 where it is; M = 1 *is*
