@@ -71,7 +71,7 @@ from tqdm import tqdm
 #                                       is one image token
 #   N      text tokens    int           the joint text sequence: CLIP's positions, then T5's
 #   S      attention      [B, P]        probability mass that an image token's query puts on the
-#                                       core text tokens, after --attention-hops
+#                                       core text tokens
 #   M      allocation     [B, P]        allocation map: >= 0, mean over P exactly 1
 #   A      advantages     [B]           group-relative advantage
 #   l_p    log_prob       [B, P]        per-token mean of the Gaussian log-density of the step taken
@@ -82,7 +82,7 @@ from tqdm import tqdm
 #
 #   x_t [B, 16, 64, 64] -> 32 x 32 patches -> P = 1024 image tokens; prompt -> N = 77 + 128 tokens
 #   attention of block 9: image queries on 1024 + 205 keys, summed over the core text columns -> S
-#   one hop through the image's own attention, mean over the later steps -> M [B, 1024]
+#   mean of S from this step to the last, over its own mean -> M [B, 1024]
 #   v [B, 16, 64, 64] -> Gaussian of the next latents -> its log-density, mean over each patch's
 #   16 x 2 x 2 numbers -> l_p [B, 1024];   reward of the final image -> A [B]
 #   loss: mean over 1024 regions of -min(rho_p M_p A, clip(rho_p) M_p A)
@@ -179,24 +179,17 @@ def step_weights(sigmas, noise_level, window):
 # *all* keys, image and text: so S is a probability, the share of an image token's attention that
 # the core gets, and can be compared between tokens. Softmax over the text keys alone would be large
 # even where a token hardly looks at the text.
-#
-# Attention to the text marks what is *drawn*: the letters of a word, not the blank places of its
-# sign where letters are missing, and it is there that the reward is lost. So S takes a hop through
-# the image's own attention (--attention-hops), which carries it from the letters to what belongs
-# with them. (Ours; DiffSegmenter and iSeg complete attention maps the same way.)
 
 
 @torch.no_grad()
-def core_attention(attn, image_states, text_states, core_mask, hops=0):
+def core_attention(attn, image_states, text_states, core_mask):
     """Return S: the share of each image token's attention that the core text tokens get.
 
-        S  = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core, where
-             1_core is 1 at the core text tokens and 0 elsewhere
-        S' = mean over heads of softmax(Q_image K_image^T / sqrt(d)) S            for each hop
+        S = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
 
-    The first line is attention to *values that are the indicator of the core tokens*: one more
-    scaled_dot_product_attention, and the [P, P + N] matrix is never formed. Every channel of the
-    value is the indicator, so any channel of the output is S. A hop has S as its value.
+    1_core is 1 at the core text tokens and 0 elsewhere: so S is attention to *values that are the
+    indicator of the core tokens*, one more scaled_dot_product_attention, and the [P, P + N] matrix
+    is never formed. Every channel of the value is the indicator, so any channel of the output is S.
 
     attn: diffusers Attention of an SD3 block; image_states [B', P, D], text_states [B', N, D]: its
     inputs; core_mask [B, N] bool. With CFG, B' = 2B and the conditional half comes last. Returns
@@ -209,35 +202,31 @@ def core_attention(attn, image_states, text_states, core_mask, hops=0):
         states = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         return states if norm is None else norm(states)
 
-    def attend(query, key, value):  # value [B, L], the same in all heads and channels -> [B, P]
-        value = value.to(key.dtype)[:, None, :, None].expand_as(key).contiguous()
-        return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)
-
     query = split_heads(attn.to_q(image_states), attn.norm_q)
     image_key = split_heads(attn.to_k(image_states), attn.norm_k)
     text_key = split_heads(attn.add_k_proj(text_states), attn.norm_added_k)
-    indicator = F.pad(core_mask.float(), (image_states.shape[1], 0))  # [B, P + N], image first
-    attention = attend(query, torch.cat([image_key, text_key], dim=2), indicator)
-    for _ in range(hops):
-        attention = attend(query, image_key, attention)
-    return attention
+    key = torch.cat([image_key, text_key], dim=2)  # image tokens first
+    indicator = F.pad(core_mask.to(key.dtype), (image_states.shape[1], 0))  # [B, P + N]
+    value = indicator[:, None, :, None].expand_as(key).contiguous()
+    attention = F.scaled_dot_product_attention(query, key, value)[..., 0]  # [B, heads, P]
+    return attention.float().mean(1)
 
 
 @contextlib.contextmanager
-def capture_attention(transformer, core_mask, blocks, hops=0):
+def capture_attention(transformer, core_mask, blocks):
     """Within this context every forward of an SD3Transformer2DModel leaves S in the list it yields.
 
     core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] per
-    block, in order, after `hops` hops. Hooks read what the attention is given, so the output is
-    bitwise what it is without; they are removed on exit, also after an exception. SD3.5's second
-    attention (attn2) sees no text and is left alone.
+    block, in order. Hooks read what the attention is given, so the output is bitwise what it is
+    without; they are removed on exit, also after an exception. SD3.5's second attention (attn2)
+    sees no text and is left alone.
     """
     captured = []
 
     def read(attn, _, inputs):
         image_states = inputs["hidden_states"]
         text_states = inputs["encoder_hidden_states"]
-        captured.append(core_attention(attn, image_states, text_states, core_mask, hops))
+        captured.append(core_attention(attn, image_states, text_states, core_mask))
 
     hooks = []
     for block in blocks:
@@ -334,6 +323,14 @@ def token_mask(spans, offsets):
 # In the first steps attention is vague, and there most of the reward is decided; in the last it is
 # sharp. So the map of step t takes the mean over the steps from t to the last: it still varies with
 # the step, and knows where the content ended up (--attention-steps later; own: the step's alone).
+# With 4 of 10 steps trained, though, its maps share seven summands: they vary more by rollout.
+#
+# Which images? Attention marks what is *drawn*. On an image that is better than its group this is
+# where the advantage was earned. On a worse one the reward was lost where something is missing or
+# wrong, which the attention does not tell: there every region counts alike (--attention-images
+# better; all: every image has a map). The abstract speaks of neither; we chose both by measuring
+# how much of the reward's gradient each map carries (README.md, Result). For language models
+# arXiv 2510.13554 weights by later tokens' attention, and only where A >= 0.
 #
 # M has mean 1 at every step, so a map moves credit over space only. (--step-weights equal then
 # divides A by the map's root mean square m, so that a concentrated map gets no larger a gradient.)
@@ -608,15 +605,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
             rollout.allocation = allocate(rollout.attention, settings)[: settings.trained_steps]
 
     # Step 4. Compare each image's reward with its group's (fdfo: with its twin's).
-    advantages = group_advantages(rewards, settings.group_size).to(policy.device)
-    for rollout in rollouts:
-        if settings.fdfo:
-            pair_rewards = rewards[rollout.rows].to(policy.device)
-            difference, direction = fdfo_direction(rollout.latents[-1], pair_rewards)
-            rollout.reward_difference = difference
-            rollout.direction = direction
-        else:
-            rollout.advantages = advantages[rollout.rows]
+    compare(rollouts, rewards, settings)
 
     # Step 5. Update the policy in one pass over the rollouts, in a few optimizer steps. Before the
     # first one theta = theta_old, so its old side is taken from the same forward pass and its ratio
@@ -748,7 +737,7 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = trajectory[-1]
         blocks = settings.blocks if i < capture_steps else ()
-        with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
+        with capture_attention(transformer, core_mask, blocks) as maps:
             sigma_of_each = torch.full(rows.shape, sigma)
             velocity = predict_velocity(
                 transformer, latents, sigma_of_each, rollout.text(), settings.guidance
@@ -831,6 +820,27 @@ def allocate(attention, settings):
     if settings.attention_steps == "later":
         attention = hindsight(attention)
     return allocation_map(attention, settings.allocation_strength)
+
+
+def compare(rollouts, rewards, settings):
+    """Give every rollout its images' advantages (fdfo: reward differences and directions).
+
+    rewards [rows]: of all the iteration's images. Where only the better images keep their maps,
+    the others' become uniform: what a worse image lacks is not in its attention.
+    """
+    advantages = group_advantages(rewards, settings.group_size)
+    for rollout in rollouts:
+        device = rollout.latents.device
+        if settings.fdfo:
+            pair_rewards = rewards[rollout.rows].to(device)
+            difference, direction = fdfo_direction(rollout.latents[-1], pair_rewards)
+            rollout.reward_difference = difference
+            rollout.direction = direction
+            continue
+        rollout.advantages = advantages[rollout.rows].to(device)
+        if settings.method == "star" and settings.attention_images == "better":
+            better = rollout.advantages[:, None] >= 0
+            rollout.allocation = rollout.allocation.where(better, 1.0)
 
 
 def loss_weights(sigmas, settings):
@@ -982,12 +992,14 @@ class Settings:
     )
     # Seg4Diff (2509.18096): of SD3.5's blocks 0 to 23, block 9 localises best.
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")
-    attention_hops: int = setting(
-        1, "hops through the image's own attention, which complete a map", 0, 2, ("star",)
-    )
     attention_steps: Literal["own", "later"] = setting(
         "later",
         "a step's map: of its own attention, or the mean to the last step",
+        methods=("star",),
+    )
+    attention_images: Literal["better", "all"] = setting(
+        "better",
+        "which images get a map: of their group the better ones, or all",
         methods=("star",),
     )
     ratio: Literal["region", "image"] = setting(
@@ -1841,7 +1853,7 @@ def load_reward_model(model_class, processor_class, source, processor_source=Non
     return model.eval().requires_grad_(False), processor
 
 
-def compare(clip, processor, images, texts):
+def clip_output(clip, processor, images, texts):
     """Return a CLIPModel's output for images [3, h, w] and texts."""
     inputs = processor(
         images=images,
@@ -1919,7 +1931,7 @@ class GenEvalReward(torch.nn.Module):
             texts.append(f"a photo of a {colour} {name}")
             texts.append(f"a photo of a {colour}-colored {name}")
             texts.append(f"a photo of a {colour} object")
-        output = compare(self.clip, self.processor, [crop], texts)
+        output = clip_output(self.clip, self.processor, [crop], texts)
         classifier = output.text_embeds.unflatten(0, (len(GENEVAL_COLOURS), -1)).mean(1)
         similarity = output.image_embeds @ F.normalize(classifier, dim=-1).T
         return GENEVAL_COLOURS[int(similarity.argmax())]
@@ -1942,7 +1954,7 @@ class PickScoreReward(torch.nn.Module):
     @torch.no_grad()
     def forward(self, images, prompts):
         texts = [prompt.text for prompt in prompts]
-        output = compare(self.clip, self.processor, list(images), texts)
+        output = clip_output(self.clip, self.processor, list(images), texts)
         score = output.logits_per_image.diagonal().cpu()
         return torch.stack([score / 26, score], dim=1)
 
