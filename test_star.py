@@ -1313,7 +1313,9 @@ def naive_log_prob(taken, mean, std):
 
 
 def naive_weights(sigmas, settings):
-    """--step-weights equal: std / |d mean / d v|, of mean 1."""
+    """Of every trained step; with --step-weights equal std / |d mean / d v|, of mean 1."""
+    if settings.step_weights == "none":
+        return [1.0] * settings.sde_window
     weights = []
     for i in range(settings.sde_window):
         around = (sigmas[i], sigmas[i + 1], sigmas[1], settings.noise_level)
@@ -1361,7 +1363,8 @@ def naive_loss(log_prob, old, advantage, allocation, settings, clipped):
 
 class NaiveIteration:
     """An iteration's images and gradients from the formulas alone: image by image, step by step,
-    region by region, in float64. Of star.py it has the model, the text's features and the noise."""
+    region by region, in float64. Of star.py it has the model, the text's features, the noise and
+    the order of the images."""
 
     def __init__(self, policy, reference, prompts, settings):
         self.settings = settings
@@ -1431,8 +1434,8 @@ class NaiveIteration:
                 worse = advantages[row] < 0 and settings.attention_images == "better"
                 if worse or settings.method == "flow-grpo":
                     allocation = torch.ones_like(allocation)
-                # With equal step weights a map counts by its places, not by its norm.
-                allocation = allocation / allocation.square().mean().sqrt()
+                if settings.step_weights == "equal":  # Not a map's norm counts, but its places.
+                    allocation = allocation / allocation.square().mean().sqrt()
                 given = (log_prob, self.old[row][i], advantages[row], allocation)
                 loss = naive_loss(*given, settings, clipped)
                 with torch.no_grad():
@@ -1451,7 +1454,7 @@ class NaiveIteration:
         "--ratio region",
         "--ratio image",
         "--method flow-grpo",
-        "--attention-images all --allocation-strength 0.5",
+        "--attention-images all --allocation-strength 0.5 --step-weights none",
         "--attention-images all --attention-steps own",
     ],
 )
@@ -1772,6 +1775,14 @@ def test_a_missing_reward_costs_its_image_and_many_stop_the_run(mini, capsys):
         iterate(policy, settings, reward=failing_at(faults))
 
 
+def test_a_reward_of_another_shape_says_so(mini):
+    def reward(images, prompts):
+        return images.float().mean((1, 2, 3))
+
+    with pytest.raises(star.RunStopped, match=r"a reward of B images must be \[B, 2\], not \[1\]"):
+        iterate(*mini(), reward=reward)
+
+
 def listed(prompts, scores):
     """A reward whose values for the images of each prompt are listed one after the other."""
     copies = len(scores) // len(prompts)
@@ -1970,6 +1981,71 @@ def test_bad_settings_end_with_one_line_and_status_2_before_any_work(
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert last.startswith("star.py: error: ") and message in last
+
+
+def test_a_model_folders_own_defaults_and_what_goes_before_them(tmp_path, monkeypatch):
+    """Later layers win: the task's, the folder's for all, the method's, the folder's for the task
+    and for the method, the command line's."""
+    layers = {
+        "all": {"kl": 0.3, "guidance": 2.0, "clip_range": 0.5, "group_size": 8},
+        "task": {"pickscore": {"seed": 5, "reward_model": "my/clip"}},
+        "method": {"fdfo": {"guidance": 3.0, "learning_rate": 1e-3}},
+    }
+    folder = tmp_path / "fdfo"  # A model of a method's name does not take that method's layer.
+    folder.mkdir()
+    (folder / "star.json").write_text(json.dumps(layers))
+    monkeypatch.chdir(tmp_path)
+
+    def settings(arguments):
+        return star.parse_settings(f"--model fdfo --iterations 0 {arguments}".split())
+
+    ours = settings("--task pickscore")
+    assert (ours.kl, ours.guidance, ours.clip_range) == (0.3, 2.0, 0.5)
+    assert (ours.seed, ours.method, ours.optimizer_steps) == (5, "star", 2)
+    assert ours.reward_model == str(folder / "my/clip")  # relative to the model's folder
+    theirs = settings("--method fdfo --learning-rate 1e-2 --group-size 4")
+    assert (theirs.kl, theirs.clip_range, theirs.optimizer_steps) == (0.0, 0.03, 4)
+    assert (theirs.guidance, theirs.learning_rate, theirs.group_size) == (3.0, 1e-2, 4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1]",
+        '{"every": {}}',
+        '{"all": {"colour": 1}}',
+        '{"method": {"star": {"colour": 1}}}',
+        '{"all": {"kl": "much"}}',
+        '{"all": {"kl": -1}}',
+    ],
+)
+def test_a_model_folders_defaults_that_are_none(tmp_path, content):
+    (tmp_path / "star.json").write_text(content)
+    with pytest.raises(star.BadInput) as error:
+        star.parse_settings(["--model", str(tmp_path), "--iterations", "0"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "checkpoints", "transformer", "maps_before.png", "test_after.png"]
+)
+def test_a_folder_that_a_run_would_write_over_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(star.BadInput, match=f"holds another run .*{name}"):
+        embedded_settings(f"--out {tmp_path}")
+
+
+@pytest.mark.quick
+def test_the_prompts_of_an_evaluation_on_the_way_are_spread_over_the_file_and_its_tags():
+    prompts = [star.Prompt(str(number)) for number in range(10)]
+    assert star.stratified_subset(prompts, 0) == star.stratified_subset(prompts, 20) == prompts
+    assert star.stratified_subset(prompts, 5) == prompts[::2]
+    tags = ["counting"] * 3 + ["colors"] * 6 + ["counting"] * 3
+    tagged = [star.Prompt(str(number), {"tag": tag}) for number, tag in enumerate(tags)]
+    chosen = [prompt.metadata["tag"] for prompt in star.stratified_subset(tagged, 4)]
+    assert sorted(chosen) == ["colors", "colors", "counting", "counting"]
+    assert star.merge_repeated([*prompts, prompts[3]]) == prompts
 
 
 def test_the_command_explains_itself():
@@ -2259,13 +2335,13 @@ SD35_LIKE = (
 )
 
 
-def signalled_at(call):
-    """brightness, but its n-th call (two test prompts, then eight images an iteration) sends
-    SIGTERM."""
+def signalled_at(*numbers):
+    """brightness, but at these of its calls (two test prompts, then eight images an iteration) it
+    sends SIGTERM."""
     calls = itertools.count(1)
 
     def reward(images, prompts):
-        if next(calls) == call:
+        if next(calls) in numbers:
             os.kill(os.getpid(), signal.SIGTERM)
         return brightness(images, prompts)
 
@@ -2292,6 +2368,28 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(short, 
     assert short("--resume")[0] == 0  # with the run's own settings
     assert outcome(out) == outcome(straight)
     assert capsys.readouterr().out.count("before   after") == 1
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_goes_on(short):
+    """In the middle of the third iteration; as does a first one before training."""
+    straight = outcome(short("", "straight")[1])
+    with pytest.raises(star.RunStopped, match="interrupted; --resume --out .* goes on") as stop:
+        short("", "run", signalled_at(21, 23))
+    assert stop.value.status == 128 + signal.SIGTERM
+    assert outcome(short("--resume")[1]) == straight
+    with pytest.raises(star.RunStopped, match="nothing is trained yet") as stop:
+        short("", "early", signalled_at(1))
+    assert stop.value.status == 128 + signal.SIGTERM
+
+
+def test_a_resume_notices_that_its_prompts_have_changed(short, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "CAT"\na sign that says "DOG"\n')
+    short(f"--iterations 1 --train-prompts {prompts}")
+    with open(prompts, "a") as file:
+        file.write('a sign that says "SUN"\n')
+    with pytest.raises(star.BadInput, match="--resume: .*prompts.txt changed since"):
+        short("--resume --iterations 2")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -2382,6 +2480,14 @@ def test_a_gradient_that_is_not_finite_is_no_step(short, monkeypatch):
     with pytest.raises(star.RunStopped, match="no gradient was finite.*/run/checkpoints"):
         short("--eval-every 9")
     assert next(calls) == 8
+
+
+def test_a_diverging_run_shows_nan():
+    optimizer = SimpleNamespace(parameters=[torch.zeros(4)])
+    history = [{"ratio": 1.0, "kl": 0.1}, {"ratio": math.nan, "kl": 0.3}]
+    metrics = star.summary(torch.tensor([0.5, 0.7]), history, 0.0, [1.0, math.nan], optimizer)
+    assert math.isnan(metrics["ratio"]) and metrics["kl"] == pytest.approx(0.2)
+    assert metrics["gradient_norm"] == 1 and metrics["steps_skipped"] == 1
 
 
 def test_running_out_of_gpu_memory_ends_with_what_to_change(
