@@ -280,28 +280,37 @@ def sd3_forward(transformer, height=8, width=8):
 CORE_MASK = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]], dtype=torch.bool)
 
 
-def explicit_attention(attn, image, text, core):
-    """S [P] of one image whose block is given image [P, D] and text [N, D], head by head."""
+def explicit_attention(attn, image, text, core, hops):
+    """S [P] of one image whose block is given image [P, D] and text [N, D], head by head; every hop
+    carries it on through the image's own attention."""
 
     def normed(norm, states):
         return states if norm is None else norm(states)
 
-    heads = []
+    to_core = []
+    to_image = []
     for head in (slice(0, 8), slice(8, 16)):
         query = normed(attn.norm_q, attn.to_q(image)[:, head])
         image_key = normed(attn.norm_k, attn.to_k(image)[:, head])
         text_key = normed(attn.norm_added_k, attn.add_k_proj(text)[:, head])
         scores = query @ torch.cat([image_key, text_key]).T / math.sqrt(8)
         on_text = torch.softmax(scores, dim=-1)[:, len(image) :]
-        heads.append(on_text[:, core].sum(1).detach())
-    return (heads[0] + heads[1]) / 2
+        to_core.append(on_text[:, core].sum(1).detach())
+        to_image.append(torch.softmax(query @ image_key.T / math.sqrt(8), dim=-1).detach())
+    attention = (to_core[0] + to_core[1]) / 2
+    for _ in range(hops):
+        attention = (to_image[0] @ attention + to_image[1] @ attention) / 2
+    return attention
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    "height, width, qk_norm", [(8, 8, "rms_norm"), (4, 8, "rms_norm"), (8, 8, None)]
+    "height, width, qk_norm, hops",
+    [(8, 8, "rms_norm", 0), (4, 8, "rms_norm", 0), (8, 8, None, 0), (4, 8, "rms_norm", 2)],
 )
-def test_captured_attention_is_the_explicit_softmax_of_the_conditional_half(height, width, qk_norm):
+def test_captured_attention_is_the_explicit_softmax_of_the_conditional_half(
+    height, width, qk_norm, hops
+):
     transformer = sd3_transformer(qk_norm=qk_norm)
     blocks = (0, 2)
     given = {}
@@ -312,13 +321,14 @@ def test_captured_attention_is_the_explicit_softmax_of_the_conditional_half(heig
 
         attn = transformer.transformer_blocks[block].attn
         attn.register_forward_pre_hook(keep, with_kwargs=True)
-    with star.capture_attention(transformer, CORE_MASK, blocks) as captured:
+    with star.capture_attention(transformer, CORE_MASK, blocks, hops) as captured:
         sd3_forward(transformer, height, width)
     assert len(captured) == 2
     for block, attention in zip(blocks, captured, strict=True):
         attn, image, text = given[block]
         for row in range(2):
-            expected = explicit_attention(attn, image[2 + row], text[2 + row], CORE_MASK[row])
+            given_states = (image[2 + row], text[2 + row], CORE_MASK[row])
+            expected = explicit_attention(attn, *given_states, hops)
             assert expected.shape == (height * width // 4,)
             torch.testing.assert_close(attention[row], expected, rtol=1e-5, atol=1e-6)
 
@@ -1265,16 +1275,23 @@ def naive_forward(transformer, latents, sigma, text, pooled, blocks=()):
     return velocity, kept
 
 
-def naive_attention(kept, blocks, core):
-    """S [P] of one image: the softmax over all keys as one full matrix, its core columns summed. A
-    mean over heads and blocks."""
+def naive_attention(kept, blocks, core, hops):
+    """S [P] of one image: the softmax over all keys as one full matrix, its core columns summed.
+    Every hop carries it on by the softmax over the image's own keys. A mean over heads and
+    blocks."""
     maps = []
     for block in blocks:
         query = kept[block, "norm_q"]
-        key = torch.cat([kept[block, "norm_k"], kept[block, "norm_added_k"]], dim=1)
+        image_key = kept[block, "norm_k"]
+        text_key = kept[block, "norm_added_k"]
         tokens, width = query.shape[1:]
-        joint = torch.softmax(query @ key.mT / math.sqrt(width), dim=-1)  # [heads, P, P + N]
-        maps.append(joint[:, :, tokens:][:, :, core].sum(-1).mean(0))
+        scores = query @ torch.cat([image_key, text_key], dim=1).mT / math.sqrt(width)
+        joint = torch.softmax(scores, dim=-1)  # [heads, P, P + N]
+        attention = joint[:, :, tokens:][:, :, core].sum(-1).mean(0)
+        own = torch.softmax(query @ image_key.mT / math.sqrt(width), dim=-1).mean(0)  # [P, P]
+        for _ in range(hops):
+            attention = own @ attention
+        maps.append(attention)
     return sum(maps) / len(maps)
 
 
@@ -1406,7 +1423,8 @@ class NaiveIteration:
         attention = []
         for i in range(settings.sampling_steps):
             velocity, kept = self.velocity(self.model, latents[i], i, row)
-            attention.append(naive_attention(kept, settings.blocks, self.core[prompt]))
+            given = (kept, settings.blocks, self.core[prompt], settings.attention_hops)
+            attention.append(naive_attention(*given))
             if i < settings.sde_window:
                 mean, std, _ = self.step(latents[i], velocity, i)
                 latents.append(mean + std * noise[i + 1])
@@ -1431,8 +1449,7 @@ class NaiveIteration:
                 mean, std, s = self.step(latents, self.velocity(self.model, latents, i, row)[0], i)
                 log_prob = naive_log_prob(self.latents[row][i + 1], mean, std)
                 allocation = self.maps[row][i]
-                worse = advantages[row] < 0 and settings.attention_images == "better"
-                if worse or settings.method == "flow-grpo":
+                if settings.method == "flow-grpo":
                     allocation = torch.ones_like(allocation)
                 if settings.step_weights == "equal":  # Not a map's norm counts, but its places.
                     allocation = allocation / allocation.square().mean().sqrt()
@@ -1454,8 +1471,8 @@ class NaiveIteration:
         "--ratio region",
         "--ratio image",
         "--method flow-grpo",
-        "--attention-images all --allocation-strength 0.5 --step-weights none",
-        "--attention-images all --attention-steps own",
+        "--attention-hops 0 --attention-steps own",
+        "--attention-hops 2 --allocation-strength 0.5 --step-weights none",
     ],
 )
 def test_a_whole_iterations_gradient_is_the_naive_ones(mini, gradients, arguments):
