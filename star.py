@@ -1001,10 +1001,8 @@ class Settings:
         "a step's map: of its own attention, or the mean to the last step",
         methods=("star",),
     )
-    attention_images: Literal["better", "all"] = setting(
-        "better",
-        "which images get a map: of their group the better ones, or all",
-        methods=("star",),
+    attention_hops: int = setting(
+        1, "hops through the image's own attention, which complete a map", 0, 2, ("star",)
     )
     ratio: Literal["region", "image"] = setting(
         "region", "clip each region's ratio, or the image's", methods=("star",)

@@ -41,7 +41,9 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_ind  # noqa: E402
 
 IMAGES = 128  # an iteration
-POINTS = [(rate, clip) for rate in ("3.75e-5", "7.5e-5", "1.5e-4") for clip in ("2e-5", "1e-3")] + [("3e-4", "1e-3")]
+POINTS = [(rate, clip) for rate in ("3.75e-5", "7.5e-5", "1.5e-4") for clip in ("2e-5", "1e-3")] + [
+    ("3e-4", "1e-3")
+]
 GRID = {  # the same number of runs for each method, on seed 100; chosen by the mean training reward
     **{f"tune-{method}-{rate}-{clip}": f"--method {method} --learning-rate {rate} --clip-range {clip}"
        for method in ("flow-grpo", "star") for rate, clip in POINTS},
@@ -81,6 +83,7 @@ COMPARED = {  # fixed before the first arm was run: (arm, arm that it is compare
 
 # --- controls: star.allocation_map, but with the maps in wrong places, or without their steps -------------------------
 
+
 def shuffled(allocation):
     """Every map [..., P] permuted over space: the same weights in wrong places. The order is a function of the maps, so
     that it does not depend on history and a resumed run draws it again; another one for every step."""
@@ -88,12 +91,20 @@ def shuffled(allocation):
     order = torch.rand(allocation.shape, generator=generator).argsort(-1)
     return allocation.gather(-1, order)
 
+
 def static(allocation):
     """Each sample's maps [K, B, P] averaged over the default window's steps: the places, without the temporal part. The
     first steps get the later ones' places, which are better than their own: a control with foresight."""
-    return allocation[: star.Settings.sde_window].mean(0, keepdim=True).expand_as(allocation).contiguous()
+    return (
+        allocation[: star.Settings.sde_window]
+        .mean(0, keepdim=True)
+        .expand_as(allocation)
+        .contiguous()
+    )
+
 
 HOOKS = {"shuffled": shuffled, "static": static}
+
 
 def run_hooked(hook, arguments):
     """star.py's own command line, with a control in place of the map."""
@@ -102,37 +113,51 @@ def run_hooked(hook, arguments):
     sys.argv = ["star.py", *arguments]
     star.main()
 
+
 # --- run --------------------------------------------------------------------------------------------------------------
+
 
 def run(given):
     """Seed by seed over all arms, so that an interrupted evening still compares every arm."""
     if given.task == "ocr" and not shutil.which("tesseract"):
         sys.exit("Tesseract, the second judge, is missing: apt-get install tesseract-ocr")
-    arms = {arm: seeds for arm, (how, seeds, _) in ARMS.items() if given.task == "ocr" or SMALL not in how}
+    arms = {
+        arm: seeds
+        for arm, (how, seeds, _) in ARMS.items()
+        if given.task == "ocr" or SMALL not in how
+    }
     jobs = [(arm, seed) for seed in range(5) for arm, seeds in arms.items() if seed < seeds]
     start(jobs, given)
     base = results(given) / "base.json"
     if not given.names and not base.exists():
         base.write_text(json.dumps(second_judge(None, given.task)))
 
+
 def tune(given):
     """One run for every point of the grid."""
     start([(arm, 100) for arm in GRID], given)
+
 
 def start(jobs, given):
     unknown = set(given.names) - {f"{arm}-{seed}" for arm, seed in jobs}
     if unknown:
         sys.exit(f"no such run: {', '.join(sorted(unknown))}")
     jobs = [(arm, seed) for arm, seed in jobs if not given.names or f"{arm}-{seed}" in given.names]
-    jobs = [(arm, seed) for arm, seed in jobs if not (results(given) / f"{arm}-{seed}/metrics.jsonl").exists()]
+    jobs = [
+        (arm, seed)
+        for arm, seed in jobs
+        if not (results(given) / f"{arm}-{seed}/metrics.jsonl").exists()
+    ]
     from diffusers import StableDiffusion3Pipeline  # noqa: F401  (two threads at once may not import it lazily)
 
     with ThreadPoolExecutor(2) as pool:  # two runs on two cores, a thread each, beat one on both
         for name in pool.map(lambda job: train(*job, given), jobs):
             print(f"{name} done", flush=True)
 
+
 def results(given):
     return given.runs / given.task
+
 
 def train(arm, seed, given):
     name, (options, _, hook) = f"{arm}-{seed}", ARMS.get(arm) or (GRID[arm], 1, None)
@@ -140,7 +165,13 @@ def train(arm, seed, given):
     out.parent.mkdir(parents=True, exist_ok=True)
     how = f"--task {given.task} --model tiny --eval-every 4 --seed {seed}"
     options += f" --iterations {given.iterations}" if given.iterations else ""
-    arguments = [*how.split(), *options.split(), *["--resume"] * (out / "config.json").exists(), "--out", str(out)]
+    arguments = [
+        *how.split(),
+        *options.split(),
+        *["--resume"] * (out / "config.json").exists(),
+        "--out",
+        str(out),
+    ]
     start = [__file__, "hooked", hook] if hook else ["star.py"]
     with open(out.parent / f"{name}.log", "a") as log:
         revision = out.parent / f"{name}.revision"  # of the code that began it
@@ -153,15 +184,21 @@ def train(arm, seed, given):
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines[-1] |= second_judge(out, given.task)
-    config = json.loads((out / "config.json").read_text()) | {"revision": revision.read_text(), "arm": arm}
+    config = json.loads((out / "config.json").read_text()) | {
+        "revision": revision.read_text(),
+        "arm": arm,
+    }
     config["hook"] = hook
     for path in ("out", "train_prompts", "test_prompts", "reward_model"):  # nothing of this machine
-        config["settings"][path] = config["settings"][path] and os.path.relpath(config["settings"][path], ROOT)
+        config["settings"][path] = config["settings"][path] and os.path.relpath(
+            config["settings"][path], ROOT
+        )
     folder = results(given) / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return name
+
 
 def test_images(transformer, task, count=None):
     """(prompts, images) as star.py evaluates, geneval's in fours; without a transformer, by the embedded model's."""
@@ -169,9 +206,12 @@ def test_images(transformer, task, count=None):
     settings = star.parse_settings(["--task", task, "--model", "tiny", *chosen])
     policy, copies = star.load_policy(settings, "cpu"), 4 if task == "geneval" and not count else 1
     prompts = star.load_prompts(settings.test_prompts, task)[:count]
-    samples = star.sample(policy, prompts, copies, settings, star.EVALUATION, policy.sigmas(settings.eval_steps))
+    samples = star.sample(
+        policy, prompts, copies, settings, star.EVALUATION, policy.sigmas(settings.eval_steps)
+    )
     images = torch.cat([images for _, images in samples])
     return [prompt for prompt in prompts for _ in range(copies)], images
+
 
 def second_judge(transformer, task):
     """ocr: exact matches and character error rate under Tesseract. geneval: the score by the renderer's pixels."""
@@ -185,11 +225,17 @@ def second_judge(transformer, task):
     if task != "ocr" or not shutil.which("tesseract"):
         return {}
     prompts, images = test_images(transformer, task)
-    targets = [star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))]) for prompt in prompts]
+    targets = [
+        star.normalise_text(prompt.text[slice(*star.quoted_span(prompt.text))])
+        for prompt in prompts
+    ]
     read = [star.normalise_text(tesseract(image)) for image in images]
-    errors = [min(star.edit_distance(got, target) / len(target), 1) for got, target in zip(read, targets)]
+    errors = [
+        min(star.edit_distance(got, target) / len(target), 1) for got, target in zip(read, targets)
+    ]
     exact = sum(got == target for got, target in zip(read, targets)) / len(read)
     return {"tesseract_exact": exact, "tesseract_error_rate": sum(errors) / len(errors)}
+
 
 @functools.cache
 def sprites():
@@ -207,31 +253,45 @@ def sprites():
             masks.append(torch.from_numpy(tiny.layers(name, 16)[0][..., 0]))
     return names, torch.stack(pictures).permute(0, 3, 1, 2) / 255, torch.stack(masks)[:, None]
 
+
 def pixel_rule(image, most=0.12):
     """Detections {class: [(box, 1, colour), ...]} of an image [3, 64, 64] uint8 without any network: where the picture
     differs by less than `most`, on average over a sprite's pixels, from that sprite; the closest first, none within 12
     px of a closer one. Of 120 rendered scenes, half of them spoilt, it gives the right verdict on all, and through the
     noisy VAE on all."""
     names, pictures, masks = sprites()
-    windows = (image.float() / 255).unfold(1, 16, 4).unfold(2, 16, 4).permute(1, 2, 0, 3, 4).flatten(0, 1)  # [169, ...]
-    apart = ((windows[:, None] - pictures).abs() * masks).sum((2, 3, 4)) / (3 * masks.sum((1, 2, 3)))  # [169, S]
+    windows = (
+        (image.float() / 255).unfold(1, 16, 4).unfold(2, 16, 4).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    )  # [169, ...]
+    apart = ((windows[:, None] - pictures).abs() * masks).sum((2, 3, 4)) / (
+        3 * masks.sum((1, 2, 3))
+    )  # [169, S]
     found, taken = {}, []
     for place in apart.amin(1).argsort().tolist():
         top, left = (4 * part for part in divmod(place, 13))
-        if apart[place].min() < most and all(max(abs(top - y), abs(left - x)) >= 12 for y, x in taken):
+        if apart[place].min() < most and all(
+            max(abs(top - y), abs(left - x)) >= 12 for y, x in taken
+        ):
             name, colour = names[apart[place].argmin()]
             taken.append((top, left))
             found.setdefault(name, []).append(((left, top, left + 16, top + 16), 1.0, colour))
     return found
 
+
 def tesseract(image):
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         star.to_picture(image).resize((384, 384), Image.BICUBIC).save(file.name)
-        command = f"tesseract {file.name} - --psm 6 -c tessedit_char_whitelist=ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        command = (
+            f"tesseract {file.name} - --psm 6 -c tessedit_char_whitelist=ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        )
         environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
-        return subprocess.run(command.split(), env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command.split(), env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
 
 # --- table ------------------------------------------------------------------------------------------------------------
+
 
 def load(given):
     """{arm: [lines of metrics.jsonl, ...], one a seed}, in the order of ARMS, other arms after them."""
@@ -246,21 +306,28 @@ def load(given):
     order = [*ARMS, *found]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
+
 def curve(lines):
     return {line["iteration"]: line["eval_reward"] for line in lines if "eval_reward" in line}
+
 
 def area(lines):
     """The primary measure: the mean test reward over all evaluations after the first."""
     return statistics.mean([value for iteration, value in curve(lines).items() if iteration > 0])
 
+
 def spread(values):
     values = [value for value in values if value is not None]
     if not values:
         return ""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
+
 
 def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
 
 def difference(values, reference):
     """Difference of the means, its standard error and Welch's p, where both have several seeds and not all alike."""
@@ -273,11 +340,13 @@ def difference(values, reference):
     p = ttest_ind(values, reference, equal_var=False).pvalue
     return f"{apart:+.3f} (SE {error:.3f}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
 
+
 SCORES = {  # beside the mean: {heading: column}
     "ocr": {"final": "eval_reward", "exact": "eval_exact", "Tesseract exact": "tesseract_exact",
             "Tesseract CER": "tesseract_error_rate"},
     "geneval": {"final": "eval_reward", "final score": "eval_score", "pixel rule's score": "pixel_rule_score"},
 }  # fmt: skip
+
 
 def table(given):
     found, scores = load(given), SCORES.get(given.task, SCORES["ocr"])
@@ -287,12 +356,22 @@ def table(given):
         first = next(iter(found.values()))[0][0] | json.loads(base.read_text())
         print("| before | | |", *(f"{first[name]:.3f} |" for name in scores.values()), "| |")
     for arm, runs in found.items():
-        last, trained = [lines[-1] for lines in runs], [line for lines in runs for line in lines[1:]]
+        last, trained = (
+            [lines[-1] for lines in runs],
+            [line for lines in runs for line in lines[1:]],
+        )
         columns = [spread([line.get(name) for line in last]) for name in scores.values()]
         clipped = statistics.mean(line["clip_high"] + line["clip_low"] for line in trained)
-        seconds = statistics.median(line["seconds_sampling"] + line["seconds_update"] for line in trained)
+        seconds = statistics.median(
+            line["seconds_sampling"] + line["seconds_update"] for line in trained
+        )
         seconds *= 4 if arm.endswith("small") else 1  # for as many images as the others'
-        columns = [spread([area(lines) for lines in runs]), *columns, f"{clipped:.1%}", f"{seconds:.1f}"]
+        columns = [
+            spread([area(lines) for lines in runs]),
+            *columns,
+            f"{clipped:.1%}",
+            f"{seconds:.1f}",
+        ]
         print(f"| {arm} | {len(runs)} | {' | '.join(columns)} |")
     print()
     heading("difference", "mean", *scores)
@@ -305,25 +384,40 @@ def table(given):
                 columns.append(difference(*values) if all(values) else "")
             print(f"| {change} | {' | '.join(columns)} |")
 
+
 def heading(*names):
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
 
+
 def grid(given):
     """The tuning runs: mean training reward, by which the settings are chosen, and for the record mean test reward."""
-    heading("method", "learning rate", "clip range (fdfo: churn)", "training reward", "test reward", "clipped")
+    heading(
+        "method",
+        "learning rate",
+        "clip range (fdfo: churn)",
+        "training reward",
+        "test reward",
+        "clipped",
+    )
     for arm in GRID:
         path = results(given) / f"{arm}-100/metrics.jsonl"
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             reward = statistics.mean(line["reward"] for line in lines[1:])
             clipped = statistics.mean(line["clip_high"] + line["clip_low"] for line in lines[1:])
-            name, rate, other = re.fullmatch(r"tune-([a-z-]+)-(\d.*)-(0\.\d+|\d+e-\d+)", arm).groups()
-            print(f"| {name} | {rate} | {other} | {reward:.3f} | {area(lines):.3f} | {clipped:.1%} |")
+            name, rate, other = re.fullmatch(
+                r"tune-([a-z-]+)-(\d.*)-(0\.\d+|\d+e-\d+)", arm
+            ).groups()
+            print(
+                f"| {name} | {rate} | {other} | {reward:.3f} | {area(lines):.3f} | {clipped:.1%} |"
+            )
+
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 SHOWN = {"flow-grpo-published": "#000000", "flow-grpo": "#9467bd", "star": "#d62728", "star-shuffled": "#2ca02c",
          "fdfo": "#1f77b4"}  # fmt: skip
+
 
 def curves(given, width=1200, height=620, top=60, bottom=170):
     """Test reward over images seen, a panel a task, a band an arm: mean and standard error of its seeds."""
@@ -331,9 +425,23 @@ def curves(given, width=1200, height=620, top=60, bottom=170):
     sheet, side = Image.new("RGB", (width, height), "white"), width // len(tasks)
     draw, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(size=26)
     for panel, given.task in enumerate(tasks):
-        bands = {arm: band([curve(lines) for lines in runs]) for arm, runs in load(given).items() if arm in SHOWN}
-        low = math.floor(10 * min(mean - error for points in bands.values() for _, mean, error in points)) / 10
-        high = math.ceil(10 * max(mean + error for points in bands.values() for _, mean, error in points)) / 10
+        bands = {
+            arm: band([curve(lines) for lines in runs])
+            for arm, runs in load(given).items()
+            if arm in SHOWN
+        }
+        low = (
+            math.floor(
+                10 * min(mean - error for points in bands.values() for _, mean, error in points)
+            )
+            / 10
+        )
+        high = (
+            math.ceil(
+                10 * max(mean + error for points in bands.values() for _, mean, error in points)
+            )
+            / 10
+        )
         last, left = max(points[-1][0] for points in bands.values()), panel * side + 80
         x = lambda iteration: left + iteration / last * (side - 120)
         y = lambda value: height - bottom - (value - low) / (high - low) * (height - bottom - top)
@@ -359,23 +467,33 @@ def curves(given, width=1200, height=620, top=60, bottom=170):
         draw.text((place[0] + 56, place[1]), arm, fill="black", font=font)
     sheet.save(given.out or ROOT / "assets/curves.png")
 
+
 def band(runs):
     """[(iteration, mean, standard error), ...] of the seeds' curves"""
     points = [(iteration, [run[iteration] for run in runs]) for iteration in runs[0]]
-    return [(iteration, statistics.mean(values), standard_error(values)) for iteration, values in points]
+    return [
+        (iteration, statistics.mean(values), standard_error(values)) for iteration, values in points
+    ]
+
 
 def pictures(given, count=8):
     """The first test prompts by the embedded model and by the runs of seed 0."""
-    cells, reward = [], star.make_reward(star.parse_settings(["--task", given.task, "--model", "tiny"]), "cpu")
+    cells, reward = (
+        [],
+        star.make_reward(star.parse_settings(["--task", given.task, "--model", "tiny"]), "cpu"),
+    )
     for arm in ("base", *SHOWN):
         folder = given.work / given.task / f"{arm}-0"
         if arm == "base" or (folder / "transformer").exists():
             prompts, images = test_images(None if arm == "base" else folder, given.task, count)
             rewards = reward(images, prompts)[:, 0].tolist()
-            captions = [f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts, rewards)]
+            captions = [
+                f"{arm}: {reward:.2f} {prompt.text}" for prompt, reward in zip(prompts, rewards)
+            ]
             cells += zip(images, captions)
     out = given.out or ROOT / f"assets/methods-{given.task}.png"
     star.save_sheet(out, cells, columns=count, side=144)
+
 
 # --- why --------------------------------------------------------------------------------------------------------------
 
@@ -391,7 +509,12 @@ WHY = {  # block, strength, hook: one set of rollouts, each of these maps on it
     "block 3, shuffled": (3, 1.0, "shuffled"),
 }
 
-CORE = ("uniform (Flow-GRPO's gradient)", "block 3 (the default)", "block 3, shuffled")  # all that --core looks at
+CORE = (
+    "uniform (Flow-GRPO's gradient)",
+    "block 3 (the default)",
+    "block 3, shuffled",
+)  # all that --core looks at
+
 
 def why(given):
     """Which maps carry more signal an image, at the embedded model, on training prompts? By denoising step.
@@ -406,32 +529,49 @@ def why(given):
     """
     settings = star.parse_settings(["--task", given.task, *"--model tiny --sde-window 9".split()])
     policy, reward = star.load_policy(settings, "cpu"), star.make_reward(settings, "cpu")
-    prompts, sigmas = star.load_prompts(settings.train_prompts, given.task), policy.sigmas(settings.sampling_steps)
+    prompts, sigmas = (
+        star.load_prompts(settings.train_prompts, given.task),
+        policy.sigmas(settings.sampling_steps),
+    )
     prompts = [prompt for prompt in prompts if given.core in (None, core_size(prompt))]
     trained, size = settings.trained_steps, sum(p.numel() for p in policy.transformer.parameters())
     arms = {arm: WHY[arm] for arm in (CORE if given.core else WHY)}
-    store = lambda: torch.zeros(given.batches, trained, size, dtype=torch.bfloat16)  # half the memory, the same cosines
+    store = lambda: torch.zeros(
+        given.batches, trained, size, dtype=torch.bfloat16
+    )  # half the memory, the same cosines
     gradients, aims = {arm: store() for arm in arms}, {block: [] for block, *_ in arms.values()}
     for batch in range(given.batches):
-        chosen, key = star.pick_prompts(prompts, settings, 1000 + batch), (settings.seed, 1000 + batch)
+        chosen, key = (
+            star.pick_prompts(prompts, settings, 1000 + batch),
+            (settings.seed, 1000 + batch),
+        )
         rolled = {}  # by block: the same images every time, with that block's attention
         for block in aims:
             how = dataclasses.replace(settings, attention_blocks=str(block))
-            rolled[block] = list(star.sample(policy, chosen, how.group_size, how, key, sigmas, trained, trained))
-        rollouts, _, scores = star.reward_all(rolled[3], chosen, settings.group_size, reward, settings)
+            rolled[block] = list(
+                star.sample(policy, chosen, how.group_size, how, key, sigmas, trained, trained)
+            )
+        rollouts, _, scores = star.reward_all(
+            rolled[3], chosen, settings.group_size, reward, settings
+        )
         advantages = star.group_advantages(scores[:, 0], settings.group_size)
         for block in aims:
             aims[block].append(aim(rolled[block], given.task))
         for number, rollout in enumerate(rollouts):
             rollout.advantages = advantages[rollout.rows]
-            maps = {arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in arms.items()}
+            maps = {
+                arm: make_map(rolled[block][number][0], *how) for arm, (block, *how) in arms.items()
+            }
             for i in range(trained):
                 found = gradients_of(policy.transformer, rollout, i, maps, sigmas, settings)
                 for arm, gradient in found.items():
                     gradients[arm][batch, i] += gradient / len(rollouts)
         print(f"batch {batch + 1} of {given.batches}", file=sys.stderr, flush=True)
-    print_signal(gradients, torch.tensor(star.step_weights(sigmas, settings.noise_level, trained)), sigmas)
+    print_signal(
+        gradients, torch.tensor(star.step_weights(sigmas, settings.noise_level, trained)), sigmas
+    )
     print_aim(aims, sigmas)
+
 
 def core_size(prompt):
     """How many letters or objects a prompt asks for."""
@@ -440,9 +580,11 @@ def core_size(prompt):
     start, end = star.quoted_span(prompt.text)
     return end - start
 
+
 def make_map(rollout, strength, hook):
     allocation = star.allocation_map(rollout.attention, strength)
     return HOOKS[hook](allocation) if hook else allocation
+
 
 def gradients_of(transformer, rollout, i, maps, sigmas, settings):
     """{arm: the objective's gradient [size] at step i of a microbatch}"""
@@ -456,14 +598,23 @@ def gradients_of(transformer, rollout, i, maps, sigmas, settings):
         found[arm] = torch.cat([part.flatten() for part in parts])
     return found
 
+
 def print_signal(gradients, weights, sigmas):
     trained, plain, window = len(weights), next(iter(gradients.values())), star.Settings.sde_window
     heading("maps", *(f"{sigma:.2f}" for sigma in sigmas[:trained]), f"first {window}", "all")
-    views = [lambda g, i=i: g[:, i].float() for i in range(trained)]  # [batches, size] of one step, ...
+    views = [
+        lambda g, i=i: g[:, i].float() for i in range(trained)
+    ]  # [batches, size] of one step, ...
     for steps in (window, trained):  # ... and of several
         part = weights[:steps, None]
-        views.append(lambda g, part=part: torch.stack([(one[: len(part)].float() * part).sum(0) for one in g]))
-    cosines = {arm: [signal(view(g), view(plain)) for view in views] for arm, g in gradients.items()}
+        views.append(
+            lambda g, part=part: torch.stack(
+                [(one[: len(part)].float() * part).sum(0) for one in g]
+            )
+        )
+    cosines = {
+        arm: [signal(view(g), view(plain)) for view in views] for arm, g in gradients.items()
+    }
     uniform = next(iter(cosines.values()))
     for arm, found in cosines.items():
         print(f"| {arm} | " + " | ".join(map(mean_error, found)) + " |")
@@ -471,21 +622,36 @@ def print_signal(gradients, weights, sigmas):
         apart = [[one - other for one, other in zip(*pair)] for pair in zip(found, uniform)]
         print(f"| {arm}, less uniform's | " + " | ".join(map(mean_error, apart)) + " |")
     norms = torch.stack([view(plain).norm(dim=1).mean() for view in views[:trained]])
-    print("| norm, uniform, first = 1 | " + " | ".join(f"{n:.1f}" for n in norms / norms[0]) + " | | |")
+    print(
+        "| norm, uniform, first = 1 | "
+        + " | ".join(f"{n:.1f}" for n in norms / norms[0])
+        + " | | |"
+    )
+
 
 def signal(gradients, plain):
     """Each batch's cosine to the sum of the others' uniform gradients."""
     total = plain.sum(0)
-    return [torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)]
+    return [
+        torch.cosine_similarity(g, total - own, dim=0).item() for g, own in zip(gradients, plain)
+    ]
+
 
 def mean_error(values):
     return f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}"
 
+
 def aim(rolled, task):
     """By step: mean M on each kind of token, the last one elsewhere, and the share of M on all kinds but that."""
     kinds = cells(torch.cat([images for _, images in rolled]), task)
-    maps = star.allocation_map(torch.cat([rollout.attention for rollout, _ in rolled], dim=1), 1.0)  # [K, B, P]
-    return [[*(m[kind].mean().item() for kind in kinds), 1 - (m[kinds[-1]].sum() / m.sum()).item()] for m in maps]
+    maps = star.allocation_map(
+        torch.cat([rollout.attention for rollout, _ in rolled], dim=1), 1.0
+    )  # [K, B, P]
+    return [
+        [*(m[kind].mean().item() for kind in kinds), 1 - (m[kinds[-1]].sum() / m.sum()).item()]
+        for m in maps
+    ]
+
 
 def cells(images, task):
     """Masks [B, P] over the 8 x 8 px tokens of images [B, 3, h, w] uint8. ocr: letters on the sign, blank sign, the
@@ -493,7 +659,9 @@ def cells(images, task):
     if task == "geneval":
         drawn = torch.zeros(len(images), 1, *images.shape[-2:])
         for canvas, image in zip(drawn, images):
-            for left, top, right, bottom in (one[0] for found in pixel_rule(image).values() for one in found):
+            for left, top, right, bottom in (
+                one[0] for found in pixel_rule(image).values() for one in found
+            ):
                 canvas[:, top:bottom, left:right] = 1
         objects = F.avg_pool2d(drawn, 8).flatten(1) > 0.5
         return objects, ~objects
@@ -501,6 +669,7 @@ def cells(images, task):
     mean, high = F.avg_pool2d(grey, 8).flatten(1), F.max_pool2d(grey, 8).flatten(1)
     blank, letter = mean > 0.86, (high > 0.86) & (mean > 0.35) & (mean < 0.86)
     return letter, blank, ~letter & ~blank
+
 
 def print_aim(aims, sigmas):
     print()
@@ -511,23 +680,35 @@ def print_aim(aims, sigmas):
         rows = [" / ".join(f"{m:.1f}" for m in row[:-1]) + f", {row[-1]:.0%}" for row in mean]
         print(f"| block {block} | " + " | ".join(rows) + " |")
 
+
 def main():
     if sys.argv[1:2] == ["hooked"]:
         return run_hooked(sys.argv[2], sys.argv[3:])
-    commands = {command.__name__: command for command in (tune, run, grid, table, curves, pictures, why)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = {
+        command.__name__: command for command in (tune, run, grid, table, curves, pictures, why)
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("command", choices=commands)
     parser.add_argument("names", nargs="*", help="tune, run: which, as arm-seed")
     parser.add_argument("--task", default="ocr", help="[ocr]")
     parser.add_argument("--iterations", type=int, help="of every run [the embedded model's]")
-    parser.add_argument("--batches", type=int, default=8, help="why: of 128 images, at least two [8]")
+    parser.add_argument(
+        "--batches", type=int, default=8, help="why: of 128 images, at least two [8]"
+    )
     parser.add_argument("--core", type=int, help="why: only prompts of so many letters or objects")
-    parser.add_argument("--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="where runs work [runs/evidence]")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "assets/runs", help="where results go [assets/runs]"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs/evidence", help="where runs work [runs/evidence]"
+    )
     parser.add_argument("--out", type=Path, help="curves, pictures: the file to write")
     given = parser.parse_args()
     given.work = given.work.resolve()
     commands[given.command](given)
+
 
 if __name__ == "__main__":
     main()
