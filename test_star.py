@@ -1700,6 +1700,60 @@ def test_geneval_reward_and_verdict(metadata, found, reward, correct):
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
+    "metadata, found, flow_grpo, correct",
+    [
+        (geneval("colors", RED_DOG), [seen("dog", 0, "blue")], 0.5, False),
+        (
+            geneval("colors", RED_DOG),
+            [seen("dog", 0, "red", 0.6), seen("dog", 40, "blue")],
+            0,
+            True,
+        ),
+        (
+            geneval("colors", RED_DOG),
+            [
+                seen("dog", 0, "blue", 0.9),
+                seen("dog", 20, "green", 0.8),
+                seen("dog", 40, "black", 0.7),
+                seen("dog", 60, "red", 0.6),
+            ],
+            -1,
+            False,
+        ),
+        (
+            geneval("color_attr", RED_DOG, BLUE_CAT),
+            [seen("dog", 0, "red"), seen("cat", 40, "red")],
+            0.75,
+            False,
+        ),
+        (
+            geneval("color_attr", RED_DOG, BLUE_CAT),
+            [seen("dog", 0, "blue"), seen("cat", 40, "red")],
+            0.5,
+            False,
+        ),
+        (POSITION, [seen("dog", 0), seen("cat", 40)], 0.75, False),
+        (POSITION, [seen("dog", 40), seen("cat", 0, None, 0.6), seen("cat", 80)], 1 / 3, True),
+        (
+            geneval("counting", clause("dog", 3), exclude=[clause("dog", 4)]),
+            [seen("dog", 9 * i, confidence=SURE) for i in range(8)],
+            -2 / 3,
+            False,
+        ),
+    ],
+)
+def test_geneval_reward_is_flow_grpos_but_never_below_0(metadata, found, flow_grpo, correct):
+    """flow_grpo: what the formula of its reward server gives, worked out by hand."""
+    detections = {}
+    for name, detection in found:
+        detections.setdefault(name, []).append(detection)
+    reward, verdict = star.geneval_scores(metadata, detections)
+    assert reward == pytest.approx(max(0, flow_grpo))
+    assert verdict == correct
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
     "x, y, words",
     [
         (40, 0, {"left of"}),
