@@ -137,7 +137,7 @@ def step_weights(sigmas, noise_level, window):
 # over the text keys alone would be large even where a token hardly looks at the text.
 
 @torch.no_grad()
-def core_attention(attn, image_states, text_states, core_mask):
+def core_attention(attn, image_states, text_states, core_mask, hops=0):
     """S: the share of each image token's attention that goes to the core text tokens, averaged over heads.
 
         S = softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
@@ -147,6 +147,9 @@ def core_attention(attn, image_states, text_states, core_mask):
 
     attn: diffusers Attention of an SD3 block; image_states [B', P, D], text_states [B', N, D]: its inputs;
     core_mask [B, N] bool. With CFG, B' = 2B and the conditional half comes last. Returns [B, P] fp32 in [0, 1].
+
+    A hop carries S on through the image's own attention: S' = softmax(Q_image K_image^T / sqrt(d)) S, heads averaged.
+    Text attention marks what is drawn; its surroundings, where something may be missing, attend to it and are found so.
     """
     image_states, text_states = image_states[-len(core_mask) :], text_states[-len(core_mask) :]
 
@@ -159,10 +162,14 @@ def core_attention(attn, image_states, text_states, core_mask):
     key = torch.cat([image_key, heads(attn.add_k_proj, attn.norm_added_k, text_states)], dim=2)  # image tokens first
     indicator = F.pad(core_mask.to(key.dtype), (image_states.shape[1], 0))  # [B, P + N]
     value = indicator[:, None, :, None].expand_as(key).contiguous()
-    return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)  # [B, heads, P] -> [B, P]
+    share = F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)  # [B, heads, P] -> [B, P]
+    for _ in range(hops):
+        value = share.to(key.dtype)[:, None, :, None].expand_as(query).contiguous()
+        share = F.scaled_dot_product_attention(query, image_key, value)[..., 0].float().mean(1)
+    return share
 
 @contextlib.contextmanager
-def capture_attention(transformer, core_mask, blocks):
+def capture_attention(transformer, core_mask, blocks, hops=0):
     """Within this context every forward of a diffusers SD3Transformer2DModel leaves S in the list it yields.
 
     core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] a block, in order. Hooks
@@ -173,7 +180,7 @@ def capture_attention(transformer, core_mask, blocks):
 
     def read(attn, _, states):
         image_states, text_states = states["hidden_states"], states["encoder_hidden_states"]
-        captured.append(core_attention(attn, image_states, text_states, core_mask))
+        captured.append(core_attention(attn, image_states, text_states, core_mask, hops))
 
     hooks = [transformer.transformer_blocks[b].attn.register_forward_pre_hook(read, with_kwargs=True) for b in blocks]
     try:
@@ -240,6 +247,15 @@ def token_mask(spans, offsets):
 # What is temporal in it? M has mean 1 at every step, so a map moves credit over space only; which region it favours
 # follows the step, from a vague guess in noise to the very letters. Credit moves over *time* by --step-weights and by
 # --sde-window, which trains the first steps alone: there the composition is decided, and there is the signal.
+
+def hindsight(attention):
+    """At each step t the mean of S over the steps t..T-1: where the content ended up. [T, ..., P] -> [T, ..., P].
+
+    The first steps' own S is still vague, while much of the reward is decided there; and when the update comes, all
+    steps are known.
+    """
+    steps = torch.arange(1, len(attention) + 1, device=attention.device).view(-1, *[1] * (attention.ndim - 1))
+    return (attention.flip(0).cumsum(0) / steps).flip(0)
 
 def allocation_map(attention, strength):
     """M = (1 - lambda) + lambda S / mean_P(S): how strongly each region receives the advantage.
@@ -419,7 +435,8 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     key, sigmas, began = (settings.seed, iteration), policy.sigmas(settings.sampling_steps), time.perf_counter()
     star, trained = settings.method == "star", settings.trained_steps
     # 1, 2. Sample groups of images (fdfo: pairs); read the attention to the prompt's core on the way.
-    samples = sample(policy, prompts, settings.group_size, settings, key, sigmas, trained, trained if star else 0)
+    captured = settings.captured_steps if star else 0
+    samples = sample(policy, prompts, settings.group_size, settings, key, sigmas, trained, captured)
     # Reward every final image, one microbatch while the next is sampled.
     rollouts, _, scores = reward_all(samples, prompts, settings.group_size, reward, settings)
     rewards, sampled = scores[:, 0], time.perf_counter()
@@ -432,7 +449,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
             rollout.advantages, rollout.direction = fdfo_direction(rollout.latents[-1], pairs)
         # 3. Allocate: every step of every rollout has a map of its own, of mean 1.
         if star:
-            rollout.allocation = allocation_map(rollout.attention, settings.allocation_strength)
+            rollout.allocation = step_maps(rollout.attention, settings)[:trained]
     # 5. Update: one pass over the rollouts, in a few optimizer steps.
     weights = step_weights(sigmas, settings.noise_level, trained) if settings.step_weights == "equal" else [1] * trained
     rounds, skipped = deal(rollouts, settings, key)
@@ -460,6 +477,12 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     metrics = summary(rewards, history, deviations, skipped, norms, optimizer)
     metrics |= {"seconds_sampling": sampled - began, "seconds_update": time.perf_counter() - sampled}
     return {"iteration": iteration, **metrics}
+
+def step_maps(attention, settings):
+    """M of every captured step: S [T, B, P] -> [T, B, P]."""
+    if settings.attention_steps == "later":
+        attention = hindsight(attention)
+    return allocation_map(attention, settings.allocation_strength)
 
 @torch.no_grad()
 def sample(policy, prompts, copies, settings, key, sigmas, noisy=0, captured=0):
@@ -534,7 +557,8 @@ def denoise(transformer, text, core_mask, noise, sigmas, settings, captured, chu
     step, fdfo: v; attention: S [B, P] of each captured step, averaged over blocks). noise [B, 1 + noisy, C, H, W]."""
     latents, old, attention = [noise[:, 0]], [], []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        with capture_attention(transformer, core_mask, settings.blocks if i < captured else ()) as maps:
+        blocks = settings.blocks if i < captured else ()
+        with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
             velocity = predict_velocity(
                 transformer, latents[-1], torch.full((len(noise),), sigma), text, settings.guidance
             )
@@ -629,6 +653,8 @@ class Settings:
     # STAR: the abstract gives no number, so these are ours.
     allocation_strength: float = setting(1.0, "lambda: 0 uniform maps, 1 the attention's alone", 0, 1, "star")
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")  # Seg4Diff: 9 of 24 localises best
+    attention_hops: int = setting(1, "times that the image's own attention carries the map on", 0, 2, "star")
+    attention_steps: Literal["own", "later"] = setting("later", "a step's own map, or the mean from it on", only="star")
     ratio: Literal["region", "image"] = setting("region", "clip each region's ratio, or the image's", only="star")
     step_weights: Literal["none", "equal"] = setting("equal", "equal: all steps and maps count alike", only=GRPO)
     sde_window: int = setting(4, "noise and training in the first K steps, Euler's after (Flow-GRPO: 9)", 1, only=GRPO)
@@ -667,6 +693,10 @@ class Settings:
     @property
     def fdfo(self):
         return self.method == "fdfo"
+
+    @property
+    def captured_steps(self):
+        return self.sampling_steps if self.attention_steps == "later" else self.trained_steps
 
     @property
     def trained_steps(self):
@@ -1151,7 +1181,7 @@ def save_maps(path, policy, prompts, settings):
     allocation map. Deterministic sampler, fixed seeds."""
     sigmas, settings = policy.sigmas(settings.sampling_steps), dataclasses.replace(settings, batch_size=len(prompts))
     ((rollout, _),) = sample(policy, prompts, 1, settings, EVALUATION, sigmas, captured=settings.sampling_steps)
-    maps, guesses, cells = allocation_map(rollout.attention, settings.allocation_strength).cpu(), [], []
+    maps, guesses, cells = step_maps(rollout.attention, settings).cpu(), [], []
     for (now, after), (sigma, sigma_next) in zip(pairwise(rollout.latents), pairwise(sigmas)):
         guesses.append(policy.decode(now - sigma * (after - now) / (sigma_next - sigma)))  # x_t - sigma v
     for row, prompt in enumerate(prompts):

@@ -163,6 +163,25 @@ def test_captured_attention_is_the_explicit_softmax_of_the_conditional_half(heig
                 total += weights[:, len(query) :][:, CORE_MASK[b]].sum(1) / 2
             torch.testing.assert_close(attention[b], total.detach(), rtol=1e-5, atol=1e-6)
 
+@pytest.mark.parametrize("hops", [0, 1, 2])
+def test_a_hop_is_the_images_own_softmax_times_the_attention(hops):
+    transformer, states = sd3_transformer(), {}
+    attn = transformer.transformer_blocks[1].attn
+    attn.register_forward_pre_hook(lambda _, arguments, given: states.update(given), with_kwargs=True)
+    sd3_forward(transformer)
+    image, text = states["hidden_states"], states["encoder_hidden_states"]
+    found = star.core_attention(attn, image, text, CORE_MASK, hops)
+    expected = star.core_attention(attn, image, text, CORE_MASK)  # [B, P]
+    for _ in range(hops):
+        heads = []
+        for head in (slice(0, 8), slice(8, 16)):
+            query = attn.norm_q(attn.to_q(image[2:])[..., head])
+            key = attn.norm_k(attn.to_k(image[2:])[..., head])
+            weights = torch.softmax(query @ key.mT / math.sqrt(8), dim=-1)  # over image tokens alone
+            heads.append((weights @ expected[..., None])[..., 0])
+        expected = torch.stack(heads).mean(0).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_capture_leaves_the_output_bitwise_alone_and_cleans_up(dtype):
     transformer = sd3_transformer().to(dtype)
@@ -257,6 +276,10 @@ def test_allocation_map_has_mean_1_and_follows_the_attention():
     for strength in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="strength"):
             star.allocation_map(attention, strength)
+
+def test_hindsight_is_the_mean_from_each_step_on():
+    attention = torch.tensor([[[1.0, 4.0]], [[2.0, 2.0]], [[6.0, 0.0]]])  # three steps of one image
+    assert star.hindsight(attention).tolist() == [[[3.0, 2.0]], [[4.0, 1.0]], [[6.0, 0.0]]]
 
 def test_group_advantages():
     rewards = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.2, 0.8])
