@@ -183,8 +183,8 @@ CONFIRMATION = [
     "uniform",
     TODAY,
     BEST,
-    "last step, one hop",
-    "later steps, two hops",
+    "later steps, one hop, block 2",
+    "later steps, no hop",
     TRUE,
     BEST + SUFFIX,
 ]
