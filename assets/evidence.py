@@ -58,11 +58,14 @@ for rate, churn in CHURNS:
     options = f"--method fdfo --learning-rate {rate} --churn {churn}"
     GRID[f"tune-fdfo-{rate}-{churn}"] = options
 
+OWN = "--attention-steps own --attention-images all"
 ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star": ("", 10, None),
     "flow-grpo": ("--method flow-grpo", 10, None),
-    "star-own": ("--attention-hops 0 --attention-steps own", 10, None),
+    "star-own": (OWN, 10, None),
     "star-region": ("", 10, "region"),
+    "star-hop": ("--attention-hops 1", 10, None),
+    "star-hop-all": ("--attention-hops 1 --attention-images all", 5, None),
     "star-shuffled": ("", 3, "shuffled"),
     "star-uniform": ("--allocation-strength 0", 3, None),
     "star-image": ("--ratio image", 3, None),
@@ -71,10 +74,13 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
 }
 COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it is compared with
     "star, not flow-grpo": ("star", "flow-grpo"),
-    "one hop and later steps, not the step's own map": ("star", "star-own"),
-    "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
-    "the true region, not flow-grpo: a bound": ("star-region", "flow-grpo"),
+    "later steps where A >= 0, not a step's own map everywhere": ("star", "star-own"),
+    "a step's own map everywhere, not flow-grpo": ("star-own", "flow-grpo"),
+    "the true region where A >= 0, not flow-grpo: a bound": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
+    "one hop more": ("star-hop", "star"),
+    "one hop, maps on all images, not flow-grpo": ("star-hop-all", "flow-grpo"),
+    "one hop, maps where A >= 0, not on all images": ("star-hop", "star-hop-all"),
     "the map's places, not shuffled": ("star", "star-shuffled"),
     "the map alone (ratio by region)": ("star", "star-uniform"),
     "the map alone (ratio of the image)": ("star-image", "flow-grpo"),
