@@ -503,7 +503,7 @@ def main():
     add("--runs", type=Path, default=ROOT / "assets/runs", help="for results [assets/runs]")
     add("--work", type=Path, default=ROOT / "runs/evidence", help="to work in [runs/evidence]")
     add("--out", type=Path, help="curves, pictures: the file to write")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     given.work = given.work.resolve()
     given.runs = given.runs.resolve()
     commands[given.command](given)
