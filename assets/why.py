@@ -188,9 +188,18 @@ CONFIRMATION = [
     TRUE,
     BEST + SUFFIX,
 ]
+SHUFFLED = ", advantages shuffled"
+CONTROL = [
+    "uniform",
+    "uniform" + SHUFFLED,
+    TODAY + SHUFFLED,
+    "later steps, no hop" + SHUFFLED,
+    "later steps, one hop, block 2" + SHUFFLED,
+]
 STAGES = {  # name: (key of the first batch, number of batches, maps)
     "selection": (1000, 8, SELECTION),
     "confirmation": (2000, 16, CONFIRMATION),
+    "control": (2000, 8, CONTROL),
 }
 
 
@@ -267,6 +276,13 @@ def token_masks(mask):
     return [order == count for count in range(1, int(mask.sum(1).max()) + 1)]
 
 
+def shuffled(sampled, number):
+    """The batch with its advantages dealt to other images: what a map does without any reward."""
+    latents, text, advantages, readings = sampled
+    order = torch.randperm(len(advantages), generator=star.generator("why", number))
+    return latents, text, advantages[order], readings
+
+
 def gradients(policy, sampled, names, settings):
     """{map: (gradient [size] of the images with A >= 0, of those with A < 0)}, bf16.
 
@@ -293,7 +309,7 @@ def gradients(policy, sampled, names, settings):
 
 def weights_of(name, readings):
     """A map [K, B, P], divided by its root mean square as --step-weights equal does."""
-    allocation = MAPS[name.removesuffix(SUFFIX)](readings)
+    allocation = MAPS[name.removesuffix(SUFFIX).removesuffix(SHUFFLED)](readings)
     if not name.endswith(SUFFIX):
         allocation = allocation / allocation.square().mean(-1, keepdim=True).sqrt()
     return allocation
@@ -338,7 +354,12 @@ def why(given):
         missing = [name for name in names if name not in known]
         if missing:
             sampled = sample_batch(policy, reward, prompts, number, settings)
-            known |= gradients(policy, sampled, missing, settings)
+            blind = [name for name in missing if name.endswith(SHUFFLED)]
+            told = [name for name in missing if name not in blind]
+            if told:
+                known |= gradients(policy, sampled, told, settings)
+            if blind:
+                known |= gradients(policy, shuffled(sampled, number), blind, settings)
             star.write_aside(path, lambda part, known=known: torch.save(known, part))
             print(f"batch {number - first + 1} of {count}", file=sys.stderr, flush=True)
         batches.append({name: known[name] for name in names})
@@ -352,10 +373,8 @@ def why(given):
 
 
 GEOMETRIES = ("raw", "whitened")
-IMAGES = (
-    "all",
-    "A >= 0",
-)  # the map on all images; on those with A >= 0, and a uniform one on the others
+# The map on all images; on those with A >= 0, a uniform one on the others; of some images alone.
+IMAGES = ("all", "A >= 0", "A > 0 alone", "A < 0 alone")
 
 
 def cosines(batches, names):
@@ -366,13 +385,14 @@ def cosines(batches, names):
         others = torch.cat([uniform[:number], uniform[number + 1 :]])
         reference = others.mean(0)
         root = others.square().mean(0).sqrt()
-        inverse = torch.where(
-            root > 0, 1 / root, 0.0
-        )  # a parameter without any gradient counts in neither
+        # A parameter without any gradient counts in neither.
+        inverse = torch.where(root > 0, 1 / root, 0.0)
         for name in names:
             positive, negative = (part.float() for part in batch[name])
-            images = {"all": positive + negative, "A >= 0": positive + batch["uniform"][1].float()}
-            for kind, gradient in images.items():
+            other = "uniform" + SHUFFLED * name.endswith(SHUFFLED)
+            mixed = positive + batch[other][1].float()
+            parts = (positive + negative, mixed, positive, negative)
+            for kind, gradient in zip(IMAGES, parts, strict=True):
                 for geometry, divisor in zip(GEOMETRIES, (torch.ones(()), inverse), strict=True):
                     cosine = F.cosine_similarity(gradient * divisor, reference * divisor, dim=0)
                     rows.append((name, number, geometry, kind, f"{cosine.item():.6f}"))
