@@ -450,8 +450,6 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
         # 3. Allocate: every step of every rollout has a map of its own, of mean 1.
         if star:
             rollout.allocation = step_maps(rollout.attention, settings)[:trained]
-            if settings.attention_images == "better":
-                rollout.allocation = rollout.allocation.where(rollout.advantages[:, None] >= 0, 1.0)
     # 5. Update: one pass over the rollouts, in a few optimizer steps.
     weights = step_weights(sigmas, settings.noise_level, trained) if settings.step_weights == "equal" else [1] * trained
     rounds, skipped = deal(rollouts, settings, key)
@@ -655,9 +653,8 @@ class Settings:
     # STAR: the abstract gives no number, so these are ours.
     allocation_strength: float = setting(1.0, "lambda: 0 uniform maps, 1 the attention's alone", 0, 1, "star")
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")  # Seg4Diff: 9 of 24 localises best
-    attention_hops: int = setting(0, "times that the image's own attention carries the map on", 0, 2, "star")
+    attention_hops: int = setting(1, "times that the image's own attention carries the map on", 0, 2, "star")
     attention_steps: Literal["own", "later"] = setting("later", "a step's own map, or the mean from it on", only="star")
-    attention_images: Literal["all", "better"] = setting("better", "better: uniform maps where A < 0", only="star")
     ratio: Literal["region", "image"] = setting("region", "clip each region's ratio, or the image's", only="star")
     step_weights: Literal["none", "equal"] = setting("equal", "equal: all steps and maps count alike", only=GRPO)
     sde_window: int = setting(4, "noise and training in the first K steps, Euler's after (Flow-GRPO: 9)", 1, only=GRPO)
@@ -709,7 +706,7 @@ FIELDS = {entry.name: entry for entry in dataclasses.fields(Settings)}
 PRESETS = {  # merged in this order: task, model, method, model with task, model with method; then what you say
     "pickscore": dict(kl=0.01),  # Flow-GRPO
     "tiny": dict(  # ours; rates, clip range (it clips next to nothing) and churn are of assets/evidence.py's tuning
-        attention_blocks="3", iterations=24, prompts_per_iteration=8, group_size=16, batch_size=32,
+        attention_blocks="2", iterations=24, prompts_per_iteration=8, group_size=16, batch_size=32,
         learning_rate=1.5e-4, clip_range=1e-3, kl=0.0, guidance=1.0, eval_every=8, eval_steps=10, resolution=64,
         t5_length=0, dtype="fp32"
     ),

@@ -58,14 +58,14 @@ for rate, churn in CHURNS:
     options = f"--method fdfo --learning-rate {rate} --churn {churn}"
     GRID[f"tune-fdfo-{rate}-{churn}"] = options
 
-OWN = "--attention-steps own --attention-images all"
+OWN = "--attention-blocks 3 --attention-hops 0 --attention-steps own"
+NO_HOP = "--attention-blocks 3 --attention-hops 0"
 ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star": ("", 10, None),
     "flow-grpo": ("--method flow-grpo", 10, None),
     "star-own": (OWN, 10, None),
     "star-region": ("", 10, "region"),
-    "star-hop": ("--attention-hops 1", 10, None),
-    "star-hop-all": ("--attention-hops 1 --attention-images all", 5, None),
+    "star-better": (NO_HOP, 3, "better"),
     "star-shuffled": ("", 3, "shuffled"),
     "star-uniform": ("--allocation-strength 0", 3, None),
     "star-image": ("--ratio image", 3, None),
@@ -74,13 +74,11 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
 }
 COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it is compared with
     "star, not flow-grpo": ("star", "flow-grpo"),
-    "later steps where A >= 0, not a step's own map everywhere": ("star", "star-own"),
-    "a step's own map everywhere, not flow-grpo": ("star-own", "flow-grpo"),
-    "the true region where A >= 0, not flow-grpo: a bound": ("star-region", "flow-grpo"),
+    "one hop, later steps, block 2: not the step's own map of block 3": ("star", "star-own"),
+    "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
+    "the true region, not flow-grpo: a bound": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
-    "one hop more": ("star-hop", "star"),
-    "one hop, maps on all images, not flow-grpo": ("star-hop-all", "flow-grpo"),
-    "one hop, maps where A >= 0, not on all images": ("star-hop", "star-hop-all"),
+    "maps where A >= 0 alone, not flow-grpo": ("star-better", "flow-grpo"),
     "the map's places, not shuffled": ("star", "star-shuffled"),
     "the map alone (ratio by region)": ("star", "star-uniform"),
     "the map alone (ratio of the image)": ("star-image", "flow-grpo"),
@@ -122,7 +120,19 @@ def use_region():
     star.sample = sample
 
 
-HOOKS = {"shuffled": use_shuffled, "region": use_region}
+def use_better():
+    """The maps where A >= 0, uniform ones on images that are worse than their group."""
+    plain = star.objective
+
+    def objective(taken, rollout, steps, settings):
+        kept = rollout.advantages[:, None] >= 0
+        rollout.allocation = rollout.allocation.where(kept, 1.0)
+        return plain(taken, rollout, steps, settings)
+
+    star.objective = objective
+
+
+HOOKS = {"shuffled": use_shuffled, "region": use_region, "better": use_better}
 
 
 def run_hooked(hook, arguments):
@@ -199,10 +209,19 @@ def train(arm, seed, given):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out.parent / f"{name}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    keep_results(arm, seed, hook, given)
+    return name
+
+
+def keep_results(arm, seed, hook, given):
+    """A finished run's metrics and settings, from --work to --runs."""
+    name = f"{arm}-{seed}"
+    out = given.work / given.task / name
+    revision = (out.parent / f"{name}.revision").read_text()
     lines = read_lines(out / "metrics.jsonl")
     lines[-1] |= second_judge(out, given.task)
     config = json.loads((out / "config.json").read_text())
-    config |= {"revision": revision.read_text(), "arm": arm, "hook": hook}
+    config |= {"revision": revision, "arm": arm, "hook": hook}
     settings = config["settings"]
     for path in ("out", "train_prompts", "test_prompts", "reward_model"):  # nothing of this machine
         settings[path] = settings[path] and os.path.relpath(settings[path], ROOT)
@@ -211,7 +230,6 @@ def train(arm, seed, given):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     star.write_aside(folder / "metrics.jsonl", lambda part: part.write_text(text))
-    return name
 
 
 def read_lines(path):
