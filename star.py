@@ -244,6 +244,12 @@ def token_mask(spans, offsets):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. From attention to "spatial allocation maps that dynamically vary across denoising steps and rollouts".
 #
+# Which step's attention makes a step's map? The abstract does not say. A step's own S is vague in the first steps, where
+# most of the reward is decided; so we take the mean of S over the steps from each one on (hindsight): where the content
+# ended up, still another map for every step and rollout. Such a map also depends on where the step's own noise led, so
+# M_p grad l_p is not zero on average, and would push without any reward; advantages that sum to zero over a group
+# cancel that. Hence maps on all images, the bad ones too.
+#
 # What is temporal in it? M has mean 1 at every step, so a map moves credit over space only; which region it favours
 # follows the step, from a vague guess in noise to the very letters. Credit moves over *time* by --step-weights and by
 # --sde-window, which trains the first steps alone: there the composition is decided, and there is the signal.
