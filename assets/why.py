@@ -117,9 +117,9 @@ class Readings:
     """What is read from a batch at all T sampling steps, and the true region of its images."""
 
     attention: dict  # {(block, hops): [T, B, P]}
-    by_token: torch.Tensor  # [C, T, B, P]: block 3, one hop, by core token
-    present: torch.Tensor  # [C, 1, B, 1]: 1 where a prompt has so many
-    region: torch.Tensor  # [1, B, P]
+    by_token: torch.Tensor | None  # [C, T, B, P]: block 3, one hop, by core token
+    present: torch.Tensor | None  # [C, 1, B, 1]: 1 where a prompt has so many
+    region: torch.Tensor | None  # [1, B, P]
 
 
 TRAINED = 4  # the steps that train by default
@@ -158,6 +158,7 @@ def ones(readings):
 
 TODAY = "own step, no hop"
 BEST = "later steps, one hop"
+BY_TOKEN = "later steps, one hop, token by token"
 TRUE = "the true region: a bound"
 MAPS = {
     "uniform": ones,
@@ -173,7 +174,7 @@ MAPS = {
     ),
     "later steps, two hops": lambda r: normal(later(r.attention[3, 2])),
     "later steps, one hop, block 2": lambda r: normal(later(r.attention[2, 1])),
-    "later steps, one hop, token by token": token_by_token,
+    BY_TOKEN: token_by_token,
     TRUE: lambda r: normal(r.region.expand(TRAINED, -1, -1)),
 }
 UNDIVIDED = [TODAY, BEST, TRUE]  # also measured without the division by each map's root mean square
@@ -206,40 +207,32 @@ STAGES = {  # name: (key of the first batch, number of batches, maps)
 # --- gradients: all that is used of star.py's rollouts is rows, latents, text and attention ------
 
 
-def sample_batch(policy, reward, prompts, number, settings):
+def sample_batch(policy, reward, prompts, number, names, settings):
     """128 images: (latents [T + 1, B, C, H, W], text, advantages [B], readings), as sampled."""
     sigmas = policy.sigmas(settings.sampling_steps)
     chosen = star.pick_prompts(prompts, settings, number)
-    everything = settings.sampling_steps  # captured: only so that the latents of all steps are kept
-    samples = list(
-        star.sample(
-            policy,
-            chosen,
-            settings.group_size,
-            settings,
-            (settings.seed, number),
-            sigmas,
-            TRAINED,
-            everything,
-        )
-    )
-    rollouts, _, scores = star.reward_all(samples, chosen, settings.group_size, reward, settings)
-    advantages = star.group_advantages(scores[:, 0], settings.group_size)
+    copies = settings.group_size
+    key = (settings.seed, number)
+    # All steps are captured, only so that the latents of all steps are kept.
+    kept = (TRAINED, settings.sampling_steps)
+    samples = list(star.sample(policy, chosen, copies, settings, key, sigmas, *kept))
+    rollouts, _, scores = star.reward_all(samples, chosen, copies, reward, settings)
+    advantages = star.group_advantages(scores[:, 0], copies)
     rows = torch.cat([rollout.rows for rollout in rollouts])
     latents = torch.cat([rollout.latents for rollout in rollouts], dim=1)
     texts = [rollout.text() for rollout in rollouts]
     text = [torch.cat(parts) for parts in zip(*texts, strict=True)]
     images = torch.cat([images for _, images in samples])
-    mask = policy.core_mask(chosen)[rows // settings.group_size]
-    readings = read(policy.transformer, latents, text, mask, sigmas)
+    mask = policy.core_mask(chosen)[rows // copies]
+    tokens = token_masks(mask) if BY_TOKEN in names else []
+    readings = read(policy.transformer, latents, text, mask, tokens, sigmas)
     readings.region = region(images, settings.task)[None]
     return latents, text, advantages[rows], readings
 
 
 @torch.no_grad()
-def read(transformer, latents, text, mask, sigmas):
+def read(transformer, latents, text, mask, tokens, sigmas):
     """The Readings of all steps, by forward passes on the latents as they were sampled."""
-    tokens = token_masks(mask)
     found = {}
 
     def keep(name, attention):
@@ -250,7 +243,7 @@ def read(transformer, latents, text, mask, sigmas):
             inputs = (states["hidden_states"], states["encoder_hidden_states"])
             for hops in (0, 1, 2) if block == 3 else (1,):
                 keep((block, hops), star.core_attention(attn, *inputs, mask, hops))
-            if block == 3:
+            if block == 3 and tokens:
                 each = [star.core_attention(attn, *inputs, token, 1) for token in tokens]
                 keep("tokens", torch.stack(each))
 
@@ -264,8 +257,11 @@ def read(transformer, latents, text, mask, sigmas):
     finally:
         for hook in hooks:
             hook.remove()
-    by_token = torch.stack(found.pop("tokens"), dim=1)
-    present = torch.stack([token.any(1).float() for token in tokens])[:, None, :, None]
+    by_token = None
+    present = None
+    if tokens:
+        by_token = torch.stack(found.pop("tokens"), dim=1)
+        present = torch.stack([token.any(1).float() for token in tokens])[:, None, :, None]
     attention = {name: torch.stack(steps) for name, steps in found.items()}
     return Readings(attention, by_token, present, None)
 
@@ -353,7 +349,7 @@ def why(given):
         known = torch.load(path) if path.exists() else {}
         missing = [name for name in names if name not in known]
         if missing:
-            sampled = sample_batch(policy, reward, prompts, number, settings)
+            sampled = sample_batch(policy, reward, prompts, number, missing, settings)
             blind = [name for name in missing if name.endswith(SHUFFLED)]
             told = [name for name in missing if name not in blind]
             if told:
