@@ -12,7 +12,8 @@
                                           methods-TASK.png
     python assets/evidence.py first       README's first picture, of runs/evidence/
     python assets/evidence.py why         the signal of every candidate map before training
-                                          (why.py), --stage selection or confirmation
+                                          (why.py), --stage selection, confirmation or control
+    python assets/evidence.py signal      the confirmed maps' signal as assets/signal.png
 
 --task says of which task (table: also grey, an earlier model's few). A run leaves
 assets/runs/<task>/<arm>-<seed>/ with metrics.jsonl and config.json, which has the git revision.
@@ -39,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 import torch  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy.stats import ttest_rel  # noqa: E402
-from why import STAGES, pixel_rule, region, standard_error, why  # noqa: E402
+from why import STAGES, pixel_rule, region, signal, standard_error, why  # noqa: E402
 
 import star  # noqa: E402
 
@@ -541,7 +542,9 @@ def first(given, count=4):
 def main():
     if sys.argv[1:2] == ["hooked"]:
         return run_hooked(sys.argv[2], sys.argv[3:])
-    commands = {one.__name__: one for one in (tune, run, grid, table, curves, pictures, first, why)}
+    commands = {
+        one.__name__: one for one in (tune, run, grid, table, curves, pictures, first, why, signal)
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -459,3 +459,40 @@ def mean_error(values, sign=""):
 
 def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+# --- the figure -----------------------------------------------------------------------------------
+
+
+def signal(given):
+    """assets/signal.png: raw and whitened cosine of the confirmed maps, with standard errors."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    with open(given.runs / f"why-{given.task}-confirmation.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["images"] == "all"]
+    names = list(dict.fromkeys(row["map"] for row in rows if not row["map"].endswith(SUFFIX)))
+    font = ImageFont.load_default(size=22)
+    row_height = 64
+    left = 420
+    scale = 4200  # pixels a unit of cosine
+    sheet = Image.new("RGB", (1080, 90 + row_height * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    colours = {"raw": "#9bb3c9", "whitened": "#1f5f99"}
+    for place, (geometry, colour) in enumerate(colours.items()):
+        x = left + 220 * place
+        draw.rectangle((x, 24, x + 30, 44), fill=colour)
+        draw.text((x + 40, 20), geometry, fill="black", font=font)
+    for number, name in enumerate(names):
+        top = 70 + row_height * number
+        draw.text((left - 14, top + 26), name, fill="black", font=font, anchor="rm")
+        for place, (geometry, colour) in enumerate(colours.items()):
+            values = []
+            for row in rows:
+                if row["map"] == name and row["geometry"] == geometry:
+                    values.append(float(row["cosine"]))
+            end = left + scale * statistics.mean(values)
+            error = scale * standard_error(values)
+            y = top + 4 + 24 * place
+            draw.rectangle((left, y, end, y + 20), fill=colour)
+            draw.line((end - error, y + 10, end + error, y + 10), fill="black", width=3)
+    sheet.save(given.out or ROOT / "assets/signal.png")
