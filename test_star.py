@@ -3019,7 +3019,59 @@ def test_a_fault_has_its_place_in_star_py(name):
     assert with_fault(name)
 
 
-COMMANDS = {"faults": find_faults, "cost": measure_cost, "kill": kill_runs, "process": process}
+def rendered(word=None, *objects):
+    """A picture [3, 64, 64] uint8 with a sign, or with objects (class, colour, left, top)."""
+    tiny = recipe()
+    ground = {"kind": "plain", "colours": ((128, 128, 128),) * 2, "angle": 0, "place": 0}
+    scene = {"background": ground, "objects": [], "sign": None}
+    for name, colour, left, top in objects:
+        place = (left, top, left + 16, top + 16)
+        rgb = tiny.COLOURS[colour]
+        scene["objects"].append({"class": name, "color": colour, "rgb": rgb, "box": place})
+    if word:
+        paper, ink = tiny.SIGN_COLOURS[0]
+        place = (8, 24, 8 + tiny.CELL * len(word), 24 + tiny.CELL)
+        scene["sign"] = {"word": word, "box": place, "paper": paper, "ink": ink}
+    return torch.from_numpy(tiny.render(scene)).permute(2, 0, 1)
+
+
+def check_rewards():
+    """Each reward on pictures whose score is known, drawn by the renderer: does the judge judge?"""
+    red_pizza = geneval("colors", clause("pizza", color="red"), prompt="a photo of a red pizza")
+    kite = geneval("single_object", clause("kite"), prompt="a photo of a kite")
+    liked = "a picture of a red pizza"
+    pizza = rendered(None, ("pizza", "red", 24, 24))
+    trials = [
+        ("ocr", 'a sign that says "CAT"', None, rendered("CAT"), (0.99, 1)),
+        ("ocr", 'a sign that says "CAT"', None, rendered("SUN"), (0, 0.4)),
+        ("ocr", 'a sign that says "CAT"', None, pizza, (0, 0.4)),
+        ("geneval", red_pizza["prompt"], red_pizza, pizza, (1, 1)),
+        ("geneval", kite["prompt"], kite, pizza, (0, 0)),
+        ("pickscore", liked, None, pizza, (0.65, 2)),
+        ("pickscore", liked, None, rendered(None, ("kite", "blue", 24, 24)), (-2, 0.6)),
+    ]
+    missed = 0
+    for task, text, metadata, image, (low, high) in trials:
+        prompt = star.Prompt(text, metadata)
+        score = small_reward(task)(image[None], [prompt])[0, 0].item()
+        right = low <= score <= high
+        missed += not right
+        verdict = "as it must" if right else f"MUST lie in [{low}, {high}]"
+        print(f"{task:10s} {text:32s} {score:6.3f}  {verdict}", flush=True)
+    return missed
+
+
+def test_the_rewards_judge_pictures_of_known_score():
+    assert check_rewards() == 0
+
+
+COMMANDS = {
+    "faults": find_faults,
+    "rewards": lambda: sys.exit(check_rewards()),
+    "cost": measure_cost,
+    "kill": kill_runs,
+    "process": process,
+}
 
 if __name__ == "__main__":
     COMMANDS[sys.argv[1]](*sys.argv[2:])
