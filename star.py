@@ -187,7 +187,7 @@ def step_weights(sigmas, noise_level, window):
 
 
 @torch.no_grad()
-def core_attention(attn, image_states, text_states, core_mask, hops=0):
+def core_attention(attn, image_query, image_key, text_key, core_mask, hops=0):
     """Return S: the share of each image token's attention that the core text tokens get.
 
         S  = mean over heads of softmax(Q_image [K_image; K_text]^T / sqrt(d)) 1_core
@@ -198,25 +198,23 @@ def core_attention(attn, image_states, text_states, core_mask, hops=0):
     is never formed. Every channel of the value is the indicator, so any channel of the output is S.
     A hop has S as its value.
 
-    attn: diffusers Attention of an SD3 block; image_states [B', P, D], text_states [B', N, D]: its
-    inputs; core_mask [B, N] bool. With CFG, B' = 2B and the conditional half comes last. Returns
-    [B, P] fp32 in [0, 1].
+    attn: diffusers Attention of an SD3 block; image_query, image_key [B', P, D], text_key
+    [B', N, D]: what its to_q, to_k and add_k_proj gave; core_mask [B, N] bool. With CFG, B' = 2B
+    and the conditional half comes last. Returns [B, P] fp32 in [0, 1].
     """
-    image_states = image_states[-len(core_mask) :]
-    text_states = text_states[-len(core_mask) :]
 
-    def split_heads(states, norm):  # [B, L, D] -> [B, heads, L, d], after SD3.5's RMS norm of q, k
-        states = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    def split_heads(states, norm):  # [B', L, D] -> [B, heads, L, d], after SD3.5's RMS norm
+        states = states[-len(core_mask) :].unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         return states if norm is None else norm(states)
 
     def attend(query, key, value):  # value [B, L], the same in all heads and channels -> [B, P]
         value = value.to(key.dtype)[:, None, :, None].expand_as(key).contiguous()
         return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)
 
-    query = split_heads(attn.to_q(image_states), attn.norm_q)
-    image_key = split_heads(attn.to_k(image_states), attn.norm_k)
-    text_key = split_heads(attn.add_k_proj(text_states), attn.norm_added_k)
-    indicator = F.pad(core_mask, (image_states.shape[1], 0))  # [B, P + N], image tokens first
+    query = split_heads(image_query, attn.norm_q)
+    image_key = split_heads(image_key, attn.norm_k)
+    text_key = split_heads(text_key, attn.norm_added_k)
+    indicator = F.pad(core_mask, (image_key.shape[2], 0))  # [B, P + N], image tokens first
     attention = attend(query, torch.cat([image_key, text_key], dim=2), indicator)
     for _ in range(hops):
         attention = attend(query, image_key, attention)
@@ -228,21 +226,26 @@ def capture_attention(transformer, core_mask, blocks, hops=0):
     """Within this context every forward of an SD3Transformer2DModel leaves S in the list it yields.
 
     core_mask [B, N] bool; blocks: indices of joint blocks. Each forward appends one [B, P] per
-    block, in order, after `hops` hops. Hooks read what the attention is given, so the output is
-    bitwise what it is without; they are removed on exit, also after an exception. SD3.5's second
-    attention (attn2) sees no text and is left alone.
+    block, in order, after `hops` hops. Hooks read the queries and keys that the attention has
+    computed anyway, so the output is bitwise what it is without; they are removed on exit, also
+    after an exception. SD3.5's second attention (attn2) sees no text and is left alone.
     """
     captured = []
-
-    def read(attn, _, inputs):
-        image_states = inputs["hidden_states"]
-        text_states = inputs["encoder_hidden_states"]
-        captured.append(core_attention(attn, image_states, text_states, core_mask, hops))
-
+    projected = {}  # a linear layer: what it gave last
     hooks = []
+
+    def keep(linear, _, output):
+        projected[linear] = output
+
+    def read(attn, *_):
+        states = (projected.pop(linear) for linear in (attn.to_q, attn.to_k, attn.add_k_proj))
+        captured.append(core_attention(attn, *states, core_mask, hops))
+
     for block in blocks:
         attn = transformer.transformer_blocks[block].attn
-        hooks.append(attn.register_forward_pre_hook(read, with_kwargs=True))
+        for linear in (attn.to_q, attn.to_k, attn.add_k_proj):
+            hooks.append(linear.register_forward_hook(keep))
+        hooks.append(attn.register_forward_hook(read))
     try:
         yield captured
     finally:

@@ -2151,13 +2151,45 @@ def test_the_readme_names_only_flags_and_functions_that_exist():
         assert callable(getattr(star, name, None)), name
 
 
+def readmes_code(part):
+    """The README's Python block that holds `part`."""
+    (block,) = [
+        one for one in re.findall(r"```python\n(.*?)```", readme(), re.DOTALL) if part in one
+    ]
+    return block
+
+
 def test_the_readmes_reward_of_ones_own_works(mini):
-    (block,) = re.findall(r"```python\n(.*?)```", readme(), re.DOTALL)
     printed = {"torch": torch}
-    exec(block, printed)
-    name = re.search(r"^def (\w+)\(images, prompts\)", block, re.MULTILINE)[1]
-    metrics = iterate(*mini(), reward=printed[name])
+    exec(readmes_code("(images, prompts)"), printed)
+    metrics = iterate(*mini(), reward=printed["redness"])
     assert metrics["gradient_norm"] > 0 and metrics["dropped"] == 0
+
+
+def test_the_readmes_way_to_draw_works(monkeypatch, offline):
+    monkeypatch.chdir(ROOT)
+    printed = {}
+    exec(readmes_code("pipe =").replace("runs/RUN/transformer", "assets/tiny/transformer"), printed)
+    image = printed["image"]
+    assert image.size == (64, 64) and len(image.getcolors(4096)) > 100
+
+
+def test_the_readmes_result_is_what_the_evidence_prints():
+    """Each of its arms' rows, number by number, and each difference that it names."""
+    command = [sys.executable, ROOT / "assets/evidence.py", "table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = {}
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows.setdefault(cells[0], cells[1:])
+    found = re.findall(r"^\| `([a-z-]+)`.*?\|(.*)\|$", section("Result"), re.MULTILINE)
+    assert len(found) >= 4
+    for arm, told in found:
+        n, mean, final = [cell.strip() for cell in told.split("|")][:3]
+        assert [n, mean, final] == rows[arm][:3], arm
+    (told,) = re.findall(r"star less flow-grpo[^:]*: ([+-][\d.]+) \(SE ([\d.]+)", section("Result"))
+    expected = re.match(r"([+-][\d.]+) \(SE ([\d.]+)", rows["star, not flow-grpo"][0])
+    assert told == expected.groups()
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -250,7 +250,9 @@ def read(transformer, latents, text, mask, tokens, sigmas):
 
     def reader(block):
         def hook(attn, _, states):
-            inputs = (states["hidden_states"], states["encoder_hidden_states"])
+            image = states["hidden_states"]
+            text = attn.add_k_proj(states["encoder_hidden_states"])
+            inputs = (attn.to_q(image), attn.to_k(image), text)
             for hops in (0, 1, 2) if block == 3 else (1,):
                 keep((block, hops), star.core_attention(attn, *inputs, mask, hops))
             if block == 3 and tokens:
