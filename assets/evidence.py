@@ -393,10 +393,11 @@ def table(given):
             pair = (found[arm], found[without])
             row(change, *(difference(measure, *pair) for measure in measures))
     print()
-    heading("mean, seed by seed", *range(max(map(max, found.values())) + 1))
+    seeds = range(max(map(max, found.values())) + 1)
+    heading("mean, seed by seed", *seeds)
     for arm, runs in found.items():
         cells = {seed: f"{area(lines):.3f}" for seed, lines in runs.items()}
-        row(arm, *(cells.get(seed, "") for seed in range(max(runs) + 1)))
+        row(arm, *(cells.get(seed, "") for seed in seeds))
 
 
 def heading(*names):
