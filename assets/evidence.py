@@ -11,6 +11,7 @@
     python assets/evidence.py pictures    the same prompts by each method, of runs/evidence/, as
                                           methods-TASK.png
     python assets/evidence.py first       README's first picture, of runs/evidence/
+    python assets/evidence.py cost        a star iteration's extra time over flow-grpo's
     python assets/evidence.py why         the signal of every candidate map before training
                                           (why.py), --stage selection, confirmation or control
     python assets/evidence.py signal      the confirmed maps' signal as assets/signal.png
@@ -32,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -515,6 +517,39 @@ def pictures(given, count=8):
                 cells.append((image, f"{arm}: {value:.2f} {prompt.text}"))
     out = given.out or ROOT / f"assets/methods-{given.task}.png"
     star.save_sheet(out, cells, columns=count, side=144)
+
+
+def cost(given, pairs=12):
+    """How much longer a star iteration takes than a flow-grpo one, without the reward.
+
+    Processor seconds of one thread, the two in turn, after one pair that does not count.
+    """
+    torch.set_num_threads(1)
+    settings = {}
+    for method in ("star", "flow-grpo"):
+        arguments = ["--task", given.task, "--model", "tiny", "--method", method]
+        settings[method] = star.parse_settings([*arguments, "--out", str(given.work / "none")])
+    policy = star.load_policy(settings["star"], "cpu")
+    prompts = star.load_prompts(settings["star"].train_prompts, given.task)[:8]
+    optimizer = star.MasterAdamW(policy.transformer.parameters(), 1e-12)
+
+    def brightness(images, prompts):
+        mean = images.float().mean((1, 2, 3))
+        return torch.stack([mean, mean], dim=1)
+
+    extra = []
+    for number in range(pairs + 1):
+        seconds = {}
+        for method in sorted(settings, reverse=number % 2 == 0):
+            began = time.process_time()
+            star.train_iteration(
+                policy, None, optimizer, prompts, brightness, settings[method], 1 + number
+            )
+            seconds[method] = time.process_time() - began
+        if number > 0:
+            extra.append(seconds["star"] / seconds["flow-grpo"] - 1)
+            print(f"{extra[-1]:+.1%}", flush=True)
+    print(f"mean {statistics.mean(extra):+.1%}, standard error {standard_error(extra):.1%}")
 
 
 def first(given, count=4):
