@@ -19,8 +19,9 @@ and fdfo_objective are a second method (FDFO, arXiv 2603.12893). STAR is written
 abstract alone: words "in quotes" are the abstract's, and where it is silent a comment says what we
 chose and why. README.md has the list, the results, and what a run costs.
 
-  python star.py --task ocr                       SD3.5 Medium with a CUDA GPU; without one a tiny
-                                                  embedded model, in minutes on a laptop
+  python star.py --task ocr                       SD3.5 Medium with a CUDA GPU (counted: 61 hours of
+                                                  an H200); without one a tiny embedded model (four
+                                                  minutes of two cores, reward 0.42 to 0.81)
   python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
   python star.py --resume                         go on with the last run after any interruption
 """
@@ -339,9 +340,11 @@ def token_mask(spans, offsets):
 # the step, and knows where the content ended up (--attention-steps later; own: the step's alone).
 # With 4 of 10 steps trained, though, its maps share seven summands: they vary more by rollout.
 #
-# A map on the better images alone (as arXiv 2510.13554 has it for language models) looks better
-# still by the signal of its gradient, but keeps half of that when advantages are dealt at random:
-# what it adds is a push toward what is drawn, whatever the reward says. So all images have maps.
+# Later steps depend on the noise of step t, so M_p grad l_p is no longer zero on average, as PPO's
+# gradient is for any constant advantage. Advantages that sum to zero cancel that, if all images
+# have maps. Maps on the better images alone (as arXiv 2510.13554 has it for language models) carry
+# more signal still, but keep that lead when advantages are dealt at random: they push toward what
+# is drawn, whatever the reward says, and the model that we trained so collapsed.
 #
 # M has mean 1 at every step, so a map moves credit over space only. (--step-weights equal then
 # divides A by the map's root mean square m, so that a concentrated map gets no larger a gradient.)
