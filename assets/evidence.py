@@ -11,6 +11,8 @@
     python assets/evidence.py pictures    the same prompts by each method, of runs/evidence/, as
                                           methods-TASK.png
     python assets/evidence.py first       README's first picture, of runs/evidence/
+    python assets/evidence.py preserve    how much changed off the sign at equal reward, of
+                                          runs/evidence/
     python assets/evidence.py cost        a star iteration's extra time over flow-grpo's
     python assets/evidence.py why         the signal of every candidate map before training
                                           (why.py), --stage selection, confirmation or control
@@ -24,6 +26,8 @@ and for geneval a comparison with the renderer's own pictures, pixel by pixel. -
 """
 
 import argparse
+import csv
+import itertools
 import json
 import math
 import os
@@ -76,6 +80,10 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
     "fdfo": ("--method fdfo", 3, None),
 }
+REDNESS = {}  # the same with another reward, whose numbers are in no table of ocr's
+for method in ("star", "flow-grpo", "fdfo"):
+    options = f"--method {method} --iterations 12 --eval-every 2"
+    REDNESS[f"redness-{method}"] = (options, 3, "redness")
 COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it is compared with
     "star, not flow-grpo": ("star", "flow-grpo"),
     "one hop, later steps, block 2: not the step's own map of block 3": ("star", "star-own"),
@@ -136,11 +144,40 @@ def use_better():
     star.objective = objective
 
 
-HOOKS = {"shuffled": use_shuffled, "region": use_region, "better": use_better}
+def use_redness():
+    """README's reward of one's own, which nothing but colour satisfies: a stress test."""
+
+    def redness(images, prompts):
+        red = (images[:, 0].float() - images[:, 1:].float().mean(1)).mean((1, 2)) / 255
+        return torch.stack([red, red], dim=1)
+
+    star.make_reward = lambda settings: redness
+
+
+def keep_evaluated():
+    """Keep the transformer of every evaluation as evaluated/<iteration>, for `preserve`."""
+    plain = star.save_transformer
+
+    def save(path, transformer):
+        plain(path, transformer)
+        iteration = len(read_lines(path.parent / "metrics.jsonl"))  # its first line is of 0
+        shutil.copytree(path, path.parent / f"evaluated/{iteration}", dirs_exist_ok=True)
+
+    star.save_transformer = save
+
+
+HOOKS = {
+    "none": lambda: None,
+    "shuffled": use_shuffled,
+    "region": use_region,
+    "better": use_better,
+    "redness": use_redness,
+}
 
 
 def run_hooked(hook, arguments):
     """star.py's own command line, with a control in it."""
+    keep_evaluated()
     HOOKS[hook]()
     sys.argv = ["star.py", *arguments]
     star.main()
@@ -157,6 +194,8 @@ def run(given):
     jobs = []
     for seed in range(most):
         jobs += [(arm, seed) for arm, (_, seeds, _) in ARMS.items() if seed < seeds]
+    if given.task == "ocr":
+        jobs += [(arm, seed) for arm, (_, seeds, _) in REDNESS.items() for seed in range(seeds)]
     start(jobs, given)
     base = results(given) / "base.json"
     if not base.exists():
@@ -193,7 +232,11 @@ def results(given):
 def train(arm, seed, given):
     """One run under --work, resumed where there is one; then its results under --runs."""
     name = f"{arm}-{seed}"
-    options, _, hook = ARMS[arm] if arm in ARMS else (GRID[arm], 1, None)
+    if arm in GRID:
+        options = GRID[arm]
+        hook = None
+    else:
+        options, _, hook = (ARMS | REDNESS)[arm]
     out = given.work / given.task / name
     out.parent.mkdir(parents=True, exist_ok=True)
     revision = out.parent / f"{name}.revision"  # of the code that began it
@@ -201,9 +244,7 @@ def train(arm, seed, given):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         revision.write_text(found.stdout.strip())
-    command = [sys.executable, "star.py"]
-    if hook:
-        command = [sys.executable, __file__, "hooked", hook]
+    command = [sys.executable, __file__, "hooked", hook or "none"]
     command += ["--task", given.task, "--model", "tiny", "--eval-every", "4"]
     command += ["--seed", str(seed), "--out", str(out), *options.split()]
     if given.iterations:
@@ -311,7 +352,7 @@ def load(given):
     found = {arm: {} for arm in ARMS}
     for path in sorted(results(given).glob("*/metrics.jsonl")):
         arm, seed = path.parent.name.rsplit("-", 1)
-        if not arm.startswith("tune-"):
+        if not arm.startswith(("tune-", "redness-")):
             found.setdefault(arm, {})[int(seed)] = read_lines(path)
     found = {arm: runs for arm, runs in found.items() if runs}
     if not found:
@@ -428,6 +469,93 @@ def grid(given):
             pattern = r"tune-([a-z-]+)-(\d.*)-(0\.\d+|\d+e-\d+)"
             point = re.fullmatch(pattern, arm).groups()
             row(*point, f"{reward:.3f}", f"{area(lines):.3f}", clipped(lines[1:]))
+
+
+# --- preserve: what else has changed when a reward is reached -------------------------------------
+
+
+def preserve(given):
+    """Measure and compare how far each method's pictures moved off the starting model's.
+
+    Of the runs in --work that kept the transformers of their evaluations. Every value goes into
+    --runs/preserve.csv, which later calls only add to and compare.
+    """
+    path = given.runs / "preserve.csv"
+    measured = {}
+    if path.exists():
+        with open(path) as file:
+            for line in csv.DictReader(file):
+                measured[line["arm"], int(line["seed"]), int(line["iteration"])] = line
+    base = test_images(None, "ocr")[1]
+    elsewhere = pixels_off_the_sign(base)
+    arms = ("star", "flow-grpo", "fdfo", *REDNESS)
+    for folder in sorted((given.work / "ocr").glob("*/evaluated/*")):
+        arm, seed = folder.parent.parent.name.rsplit("-", 1)
+        run = (arm, int(seed), int(folder.name))
+        if arm in arms and run not in measured:
+            change = (test_images(folder, "ocr")[1] - base.float()).abs().mean(1) / 255
+            metrics = read_lines(folder.parent.parent / "metrics.jsonl")
+            line = dict(zip(("arm", "seed", "iteration"), run, strict=True))
+            line["reward"] = curve(metrics)[run[2]]
+            line["outside"] = change[elsewhere].mean().item()
+            line["sign"] = change[~elsewhere].mean().item()
+            line["before"] = curve(metrics)[0]
+            measured[run] = line
+            print(*line.values(), flush=True)
+    with open(path, "w") as file:
+        writer = csv.DictWriter(file, next(iter(measured.values())))
+        writer.writeheader()
+        writer.writerows(measured[run] for run in sorted(measured))
+    compare_preserved(measured, ("star", "flow-grpo", "fdfo"))
+    compare_preserved(measured, tuple(REDNESS))
+
+
+def pixels_off_the_sign(images):
+    """Return [B, h, w] bool: where pictures of the starting model do not have their sign."""
+    rest = 1 - region(images, "ocr")
+    side = math.isqrt(rest.shape[1])
+    scale = images.shape[-1] // side
+    return rest.view(-1, side, side).repeat_interleave(scale, 1).repeat_interleave(scale, 2) > 0
+
+
+def compare_preserved(measured, arms):
+    """Print the change off and on the sign at the reward that every run reaches, seed by seed."""
+    runs = {}  # arm: seed: [(reward, outside, sign), ...] in the order of iterations
+    for (arm, seed, _), line in sorted(measured.items()):
+        if arm in arms:
+            start = [(float(line["before"]), 0.0, 0.0)]
+            point = tuple(float(line[name]) for name in ("reward", "outside", "sign"))
+            runs.setdefault(arm, {}).setdefault(seed, start).append(point)
+    if not runs:
+        return
+    every = [points for seeds in runs.values() for points in seeds.values()]
+    level = min(max(points)[0] for points in every)
+    print()
+    heading(
+        f"at reward {level:.3f}", "n", "change off the sign", "on it", "off it, not flow-grpo's"
+    )
+    changes = {}
+    for arm, seeds in runs.items():
+        changes[arm] = {seed: crossing(points, level) for seed, points in seeds.items()}
+    baseline = next(changes[arm] for arm in changes if arm.endswith("flow-grpo"))
+    for arm, seeds in changes.items():
+        outside, sign = zip(*seeds.values(), strict=True)
+        row(
+            arm,
+            len(seeds),
+            spread(outside),
+            spread(sign),
+            difference(lambda change: change[0], seeds, baseline) if seeds is not baseline else "",
+        )
+
+
+def crossing(points, level):
+    """Return (outside, sign) where the reward first reaches the level, linear between points."""
+    for before, after in itertools.pairwise(points):
+        if after[0] >= level:
+            share = (level - before[0]) / (after[0] - before[0])
+            return tuple(before[i] + share * (after[i] - before[i]) for i in (1, 2))
+    raise ValueError(f"no point reaches {level}")
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -579,7 +707,8 @@ def main():
     if sys.argv[1:2] == ["hooked"]:
         return run_hooked(sys.argv[2], sys.argv[3:])
     commands = {
-        one.__name__: one for one in (tune, run, grid, table, curves, pictures, first, why, signal)
+        one.__name__: one
+        for one in (tune, run, grid, table, preserve, curves, pictures, first, cost, why, signal)
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
