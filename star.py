@@ -595,7 +595,6 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     """
     key = (settings.seed, iteration)
     sigmas = policy.sigmas(settings.sampling_steps)
-    image_count = len(prompts) * settings.group_size
     capture_steps = settings.sampling_steps if settings.method == "star" else 0
     began = time.perf_counter()
 
@@ -604,7 +603,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     rollouts = []
     encoded = policy.encode(prompts)  # also finds the core tokens
     with RewardQueue(reward, prompts, settings.group_size, policy.device) as queue:
-        for rows in microbatches(image_count, settings, key):
+        for rows in microbatches(len(prompts) * settings.group_size, settings, key):
             rollout, images = sample(
                 policy, encoded, rows, settings, sigmas, key, settings.trained_steps, capture_steps
             )
@@ -614,36 +613,29 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     sampled = time.perf_counter()
 
     # Step 3. Allocate: every trained step of every rollout gets a map of its own, of mean 1.
-    if settings.method == "star":
-        for rollout in rollouts:
-            rollout.allocation = allocate(rollout.attention, settings)[: settings.trained_steps]
+    allocate(rollouts, settings)
 
     # Step 4. Compare each image's reward with its group's (fdfo: with its twin's).
     compare(rollouts, rewards, settings)
 
     # Step 5. Update the policy in one pass over the rollouts, in a few optimizer steps. Before the
     # first one theta = theta_old, so its old side is taken from the same forward pass and its ratio
-    # is exactly 1. The later ones use what sampling recorded; sampling_gap is how far that is off.
+    # is exactly 1. The later ones use what sampling recorded; sampling_gaps: how far that is off.
     weights = loss_weights(sigmas, settings)
     history = []
     gradient_norms = []
-    sampling_gap = 0.0
-    optimizer_steps = assign_to_optimizer_steps(rollouts, settings, key)
-    for number, step_batch in enumerate(optimizer_steps):
+    sampling_gaps = []
+    for number, step_batch in enumerate(assign_to_optimizer_steps(rollouts, settings, key)):
         for rollout, steps in step_batch:
             i = int(steps[0])  # all images' step; fdfo's differ, and its weights are all 1
             new, mean, std = replay_step(policy.transformer, rollout, steps, sigmas, settings)
             old = rollout.sampled(steps)
             if number == 0:
-                _, gap = objective(new.detach(), old, rollout, steps, settings)
-                sampling_gap = max(sampling_gap, float(gap["ratio_deviation"]))
-                if gap["clip_high"] + gap["clip_low"] > 0:
-                    warn_of_gap()
+                sampling_gaps.append(gap_to_sampling(new.detach(), old, rollout, steps, settings))
                 old = new.detach()
             loss, stats = objective(new, old, rollout, steps, settings)
             if reference is not None:
-                with torch.no_grad():
-                    _, reference_mean, _ = replay_step(reference, rollout, steps, sigmas, settings)
+                _, reference_mean, _ = replay_step(reference, rollout, steps, sigmas, settings)
                 kl = kl_to_reference(mean, reference_mean, std, sigmas[i + 1] - sigmas[i])
                 loss = loss + settings.kl * kl
                 stats["kl"] = kl.detach()
@@ -652,7 +644,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
         gradient_norms.append(optimizer.step())
     return {
         "iteration": iteration,
-        **summary(rewards, history, sampling_gap, gradient_norms, optimizer),
+        **summary(rewards, history, sampling_gaps, gradient_norms, optimizer),
         "seconds_sampling": sampled - began,
         "seconds_update": time.perf_counter() - sampled,
     }
@@ -738,10 +730,8 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     if settings.fdfo and noisy_steps:
         churn = settings.churn or 0.1 / settings.sampling_steps
     noise = []
-    for prompt, copy_number in zip(prompt_rows.tolist(), (rows % copies).tolist()):
-        noise.append(
-            sample_noise(key, prompt, copy_number, noisy_steps, policy.latent_shape, churn)
-        )
+    for prompt, number in zip(prompt_rows.tolist(), (rows % copies).tolist()):
+        noise.append(sample_noise(key, prompt, number, noisy_steps, policy.latent_shape, churn))
     noise = torch.stack(noise).to(policy.device)  # [B, 1 + noisy_steps, C, H, W]
 
     rollout = Rollout(rows, encoded, text_rows)
@@ -829,7 +819,15 @@ def predict_velocity(transformer, latents, sigma, text, guidance):
     return velocity
 
 
-def allocate(attention, settings):
+def allocate(rollouts, settings):
+    """Give every rollout the maps of its trained steps. Only star has maps."""
+    if settings.method != "star":
+        return
+    for rollout in rollouts:
+        rollout.allocation = step_maps(rollout.attention, settings)[: settings.trained_steps]
+
+
+def step_maps(attention, settings):
     """Return the maps [T, B, P] of a rollout's attention [T, B, P], as the settings say."""
     if settings.attention_steps == "later":
         attention = hindsight(attention)
@@ -919,23 +917,31 @@ def objective(new, old, rollout, steps, settings):
     return star_objective(new, old, advantages, allocation, settings.clip_range, settings.ratio)
 
 
-def warn_of_gap():
-    warnings.warn(
-        "before any optimizer step, ratios of update and sampling lie outside the clip range "
-        "(ratio_deviation in metrics.jsonl); later ratios carry that error",
-        stacklevel=2,
-    )
+def gap_to_sampling(new, old, rollout, steps, settings):
+    """Return the largest abs(rho - 1) before any optimizer step, where it ought to be 0.
+
+    It warns if that lies outside the clip range.
+    """
+    _, stats = objective(new, old, rollout, steps, settings)
+    if stats["clip_high"] + stats["clip_low"] > 0:
+        warnings.warn(
+            "before any optimizer step, ratios of update and sampling lie outside the clip range "
+            "(ratio_deviation in metrics.jsonl); later ratios carry that error",
+            stacklevel=2,
+        )
+    return float(stats["ratio_deviation"])
 
 
-def summary(rewards, history, sampling_gap, gradient_norms, optimizer):
+def summary(rewards, history, sampling_gaps, gradient_norms, optimizer):
     """Return columns of metrics.jsonl, over all processes; README.md explains them.
 
     Raises RunStopped if no optimizer step was taken.
     """
     all_history = []
-    for other_history, other_gap in gather((history, sampling_gap)):
+    all_gaps = []
+    for other_history, other_gaps in gather((history, sampling_gaps)):
         all_history += other_history
-        sampling_gap = max(sampling_gap, other_gap)
+        all_gaps += other_gaps
     columns = {}
     for name in all_history[0]:
         columns[name] = sum(stats[name] for stats in all_history) / len(all_history)
@@ -948,7 +954,7 @@ def summary(rewards, history, sampling_gap, gradient_norms, optimizer):
     return {
         "reward": finite_rewards.mean().item(),
         **columns,
-        "ratio_deviation": sampling_gap,
+        "ratio_deviation": max(all_gaps),
         "gradient_norm": norm,
         "gradient_rms": norm / math.sqrt(parameters),
         "dropped": len(rewards) - len(finite_rewards),
@@ -2164,7 +2170,7 @@ def save_maps(path, policy, prompts, settings):
         capture_steps=settings.sampling_steps,
         copies=1,
     )
-    maps = allocate(rollout.attention, settings).cpu()
+    maps = step_maps(rollout.attention, settings).cpu()
     guesses = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         velocity = (rollout.latents[i + 1] - rollout.latents[i]) / (sigma_next - sigma)
@@ -2313,6 +2319,11 @@ class RunFolder:
                 f"warning: {name} was not written: {error}; "
                 "what was there before stays, the run goes on"
             )
+
+    def evaluations(self):
+        """Return the lines of metrics.jsonl so far that have an evaluation."""
+        lines = [json.loads(line) for line in self.metrics.splitlines()]
+        return [line for line in lines if "eval_reward" in line]
 
     def log(self, metrics):
         self.metrics += json.dumps(metrics) + "\n"
@@ -2497,6 +2508,7 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings, stop):
     last = settings.iterations
     reference = None
     if settings.kl > 0 and last > 0:
+        # Frozen, so that autograd keeps nothing of its forward passes.
         reference = copy.deepcopy(transformer).requires_grad_(False)
     trained = transformer.parameters() if last > 0 or settings.resume else ()
     optimizer_device = "cpu" if settings.optimizer_device == "cpu" else None
@@ -2516,11 +2528,7 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings, stop):
         run.write("maps_before.png", save_maps, policy, test_prompts[:4], settings)
         run.log({"iteration": 0, **columns})
         run.write("checkpoints", save_checkpoint, 0, optimizer, run.metrics)
-    evaluations = []
-    for line in run.metrics.splitlines():
-        metrics = json.loads(line)
-        if "eval_reward" in metrics:
-            evaluations.append(metrics)
+    evaluations = run.evaluations()
 
     todo = range(max(run.done, 0) + 1, last + 1)
     title = f"{settings.method} {settings.task}"
@@ -2552,8 +2560,7 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings, stop):
             return 128 + stopped_by
     stop.training = False
     run.write("maps_after.png", save_maps, policy, test_prompts[:4], settings)
-    print_gain(evaluations[0], evaluations[-1], len(test_prompts))
-    print(f"\npictures, metrics and the trained transformer are in {run.path}")
+    print_gain(evaluations[0], evaluations[-1], len(test_prompts), run.path)
     return 0
 
 
@@ -2574,13 +2581,14 @@ def print_plan(settings, optimizer):
         )
 
 
-def print_gain(before, after, count):
-    """Print the table of the first and the last evaluation."""
+def print_gain(before, after, count, folder):
+    """Print the table of the first and the last evaluation, and where the rest is."""
     title = f"{count} test prompts"
     print(f"\n{title:18s}   before   after")
     for name in before:
         if name.startswith("eval_"):
             print(f"{name:18s}  {before[name]:7.3f} {after[name]:7.3f}")
+    print(f"\npictures, metrics and the trained transformer are in {folder}")
 
 
 def main():

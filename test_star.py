@@ -2588,7 +2588,7 @@ def test_a_gradient_that_is_not_finite_is_no_step(short, monkeypatch):
 def test_a_diverging_run_shows_nan():
     optimizer = SimpleNamespace(parameters=[torch.zeros(4)])
     history = [{"ratio": 1.0, "kl": 0.1}, {"ratio": math.nan, "kl": 0.3}]
-    metrics = star.summary(torch.tensor([0.5, 0.7]), history, 0.0, [1.0, math.nan], optimizer)
+    metrics = star.summary(torch.tensor([0.5, 0.7]), history, [0.0], [1.0, math.nan], optimizer)
     assert math.isnan(metrics["ratio"]) and metrics["kl"] == pytest.approx(0.2)
     assert metrics["gradient_norm"] == 1 and metrics["steps_skipped"] == 1
 

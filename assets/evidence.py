@@ -696,7 +696,7 @@ def first(given, count=4):
             rollouts, images = draw_all(policy, prompts, 1, settings, settings.eval_steps)
             for image, prompt in zip(images, prompts, strict=True):
                 rows[row].append((image, prompt.text if row == 0 else ""))
-        maps = star.allocate(rollouts[0].attention, settings)[0]
+        maps = star.step_maps(rollouts[0].attention, settings)[0]
         for image, allocation in zip(images, maps, strict=True):
             rows[2].append((star.heat(image, allocation), ""))
     cells = rows[0] + rows[1] + rows[2]
