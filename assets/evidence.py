@@ -11,6 +11,7 @@
     python assets/evidence.py pictures    the same prompts by each method, of runs/evidence/, as
                                           methods-TASK.png
     python assets/evidence.py first       README's first picture, of runs/evidence/
+    python assets/evidence.py exercises   the commands of EXERCISES.md that are not measured yet
     python assets/evidence.py preserve    how much changed off the sign at equal reward, of
                                           runs/evidence/
     python assets/evidence.py cost        a star iteration's extra time over flow-grpo's
@@ -558,6 +559,85 @@ def crossing(points, level):
     raise ValueError(f"no point reaches {level}")
 
 
+# --- exercises ------------------------------------------------------------------------------------
+
+EXERCISES = ROOT / "assets/EXERCISES.md"
+COLUMNS = "reward gradient_norm approximate_kl clip_high clip_low allocation_entropy".split()
+EVALUATED = ("eval_reward", "eval_exact", "eval_edges", "eval_colours")
+
+
+def read_exercises():
+    """Return [(title, star.py as the exercise changes it, [its arguments, ...]), ...]."""
+    found = []
+    for part in EXERCISES.read_text().split("\n## "):
+        title = part.splitlines()[0].lstrip("# ")
+        source = (ROOT / "star.py").read_text()
+        for diff in re.findall(r"```diff\n(.*?)```", part, re.DOTALL):
+            source = changed(source, diff)
+        commands = re.findall(r"^python star\.py (.*)$", part, re.MULTILINE)
+        if commands:
+            found.append((title, source, [command.split() for command in commands]))
+    return found
+
+
+def changed(source, diff):
+    """Return the source with a diff's lines in it. Raises ValueError if they are not there once."""
+    lines = diff.splitlines(keepends=True)
+    before = "".join(line[1:] or line for line in lines if line[0] != "+")
+    after = "".join(line[1:] or line for line in lines if line[0] != "-")
+    if source.count(before) != 1:
+        raise ValueError(f"{source.count(before)} times in star.py:\n{before}")
+    return source.replace(before, after)
+
+
+def exercises(given):
+    """Run what runs/exercises.csv lacks of EXERCISES.md, and print the page's table."""
+    path = given.runs / "exercises.csv"
+    lines = []
+    if path.exists():
+        with open(path) as file:
+            lines = list(csv.DictReader(file))
+    done = {(line["exercise"], line["arguments"]) for line in lines}
+    for title, source, commands in read_exercises():
+        for arguments in commands:
+            text = " ".join(arguments)
+            if (title, text) not in done:
+                lines.append(
+                    {"exercise": title, "arguments": text, **do_exercise(source, arguments)}
+                )
+                with open(path, "w") as file:
+                    writer = csv.DictWriter(file, lines[0])
+                    writer.writeheader()
+                    writer.writerows(lines)
+    heading("exercise", "arguments", *EVALUATED, *COLUMNS)
+    for line in lines:
+        values = []
+        for name in (*EVALUATED, *COLUMNS):
+            values.append(f"{float(line[name]):.3g}" if line[name] != "" else "")
+        row(line["exercise"], line["arguments"], *values)
+
+
+def do_exercise(source, arguments):
+    """Run a changed star.py; return the columns of its metrics: evaluated at the end, means of
+    training, and the first and last reward in training."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "star.py").write_text(source)
+        for name in ("assets", "prompts"):
+            (place / name).symlink_to(ROOT / name)
+        command = [sys.executable, "star.py", *arguments, "--model", "tiny", "--out", "run"]
+        subprocess.run(command, cwd=place, check=True, capture_output=True)
+        first, *trained = read_lines(place / "run/metrics.jsonl")
+    columns = {"before": first["eval_reward"]}
+    columns |= {name: trained[-1][name] for name in EVALUATED}
+    for name in COLUMNS:
+        values = [line[name] for line in trained if name in line]
+        columns[name] = statistics.mean(values) if values else ""
+    columns["first_reward"] = trained[0]["reward"]
+    columns["last_reward"] = trained[-1]["reward"]
+    return columns
+
+
 # --- pictures -------------------------------------------------------------------------------------
 
 SHOWN = {
@@ -708,7 +788,20 @@ def main():
         return run_hooked(sys.argv[2], sys.argv[3:])
     commands = {
         one.__name__: one
-        for one in (tune, run, grid, table, preserve, curves, pictures, first, cost, why, signal)
+        for one in (
+            tune,
+            run,
+            grid,
+            table,
+            preserve,
+            exercises,
+            curves,
+            pictures,
+            first,
+            cost,
+            why,
+            signal,
+        )
     }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
