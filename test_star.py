@@ -2145,7 +2145,7 @@ def test_the_readme_names_only_flags_and_functions_that_exist():
     steps = re.findall(r"^\d\. .*?  +([a-z_]+(?:, [a-z_]+)*)$", method, re.MULTILINE)
     assert len(steps) == 5
     names = set(", ".join(steps).split(", "))
-    for title in ("The method in five steps", "FDFO", "Change it"):
+    for title in ("The method in five steps", "What differs", "Change it"):
         names |= set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", section(title)))
     for name in names:
         assert callable(getattr(star, name, None)), name
@@ -2190,6 +2190,24 @@ def test_the_readmes_result_is_what_the_evidence_prints():
     (told,) = re.findall(r"star less flow-grpo[^:]*: ([+-][\d.]+) \(SE ([\d.]+)", section("Result"))
     expected = re.match(r"([+-][\d.]+) \(SE ([\d.]+)", rows["star, not flow-grpo"][0])
     assert told == expected.groups()
+
+
+def test_the_exercises_changes_and_commands_fit_star_py(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "assets"))
+    import evidence
+
+    exercises = evidence.read_exercises()
+    assert len(exercises) == 9  # the reference and eight
+    plain = (ROOT / "star.py").read_text()
+    for title, source, commands in exercises:
+        compile(source, title, "exec")
+        for arguments in commands:
+            out = str(tmp_path / "run")
+            settings = star.parse_settings([*arguments, "--model", "tiny", "--out", out])
+            assert settings.iterations == 12
+    assert sum(source != plain for _, source, _ in exercises) == 3
+    with pytest.raises(ValueError, match="0 times"):
+        evidence.changed(plain, "-no such line\n+another\n")
 
 
 # --- the program ----------------------------------------------------------------------------------

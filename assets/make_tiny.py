@@ -23,7 +23,7 @@ which the last 2,300 with the test prompts' combinations and the last 700 learni
 DENOISER_STEPS is their sum, in which this file has its own faults and those combinations
 throughout, and guidance in the last tenth. Its preference model was trained before `wrongs`
 counted a pair's faults by the prompt. From nothing and in one run, this recipe has been tried at a
-hundredth of its steps only. The shares and what they came to: assets/README.md.
+hundredth of its steps only. The shares and what they came to: TINY.md.
 
 The pictures come from a renderer, which is the truth that all of this is measured against:
 `correct_scene` makes a scene for a prompt, `render` its picture, `masks` where each object stands,
