@@ -4,8 +4,11 @@ a user runs it.
     python -m pytest                          everything, on a CPU, in minutes, nothing downloaded
     python -m pytest -m quick                 the mathematics alone, in less than one
 
-Three commands are for by hand:
+These commands are for by hand:
 
+    python test_star.py rewards               the embedded model's judges on pictures of known score
+    python test_star.py rewards P.jpg dog     SD3.5's geneval judge on a photograph of one dog, and
+                                              on grey; a third argument: its folder, not the hub's
     python test_star.py faults                six faults in a copy of star.py, each one caught
     python test_star.py cost [ARGUMENTS]      seconds of star, of flow-grpo, of a full SDE window
     python test_star.py kill 100              kill runs at random moments; resumed, they end alike
@@ -3115,9 +3118,53 @@ def test_the_rewards_judge_pictures_of_known_score():
     assert check_rewards() == 0
 
 
+def judge_photograph(path, name, folder=""):
+    """GenEval's judge for SD3.5: a photograph of one such thing must score 1, and grey 0."""
+    if name not in star.geneval_classes().values():
+        sys.exit(f"{name}: none of GenEval's classes, which are in prompts/geneval/classes.txt")
+    try:
+        photograph = Image.open(path).convert("RGB")
+    except OSError as error:
+        sys.exit(f"{path}: no picture that opens ({error})")
+    try:
+        reward = star.GenEvalReward(folder)
+    except star.BadInput as error:
+        sys.exit(str(error))
+    pixels = torch.frombuffer(bytearray(photograph.tobytes()), dtype=torch.uint8)
+    image = pixels.view(photograph.height, photograph.width, 3).permute(2, 0, 1)
+    text = f"a photo of one {name}"
+    prompt = star.Prompt(text, geneval("single_object", clause(name), prompt=text))
+    missed = 0
+    for what, picture, right in ((path, image, 1), ("grey", torch.full_like(image, 128), 0)):
+        score = reward(picture[None], [prompt])[0, 0].item()
+        missed += score != right
+        verdict = "as it must" if score == right else f"MUST be {right}"
+        print(f"geneval    {text:32s} {what}: {score:.3f}  {verdict}", flush=True)
+    return missed
+
+
+def test_a_photograph_tells_whether_the_judge_judges(tmp_path):
+    path = tmp_path / "pizza.png"
+    star.to_picture(rendered(None, ("pizza", "red", 24, 24))).save(path)
+    folder = str(TINY / "rewards")
+    assert judge_photograph(str(path), "pizza", folder) == 0
+    assert judge_photograph(str(path), "kite", folder) == 1
+    for wrong in ((str(path), "pizzas"), (str(tmp_path / "none.png"), "pizza")):
+        with pytest.raises(SystemExit, match=r"^[^\n]+$"):
+            judge_photograph(*wrong, folder)
+    with pytest.raises(SystemExit, match=r"^the reward model [^\n]+$"):
+        judge_photograph(str(path), "pizza", str(tmp_path))
+
+
+def rewards(*photograph):
+    if photograph:
+        sys.exit(judge_photograph(*photograph))
+    sys.exit(check_rewards())
+
+
 COMMANDS = {
     "faults": find_faults,
-    "rewards": lambda: sys.exit(check_rewards()),
+    "rewards": rewards,
     "cost": measure_cost,
     "kill": kill_runs,
     "process": process,
