@@ -74,6 +74,7 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "flow-grpo": ("--method flow-grpo", 10, None),
     "star-own": (OWN, 10, None),
     "star-region": ("", 10, "region"),
+    "star-undivided": ("", 5, "undivided"),
     "star-better": (NO_HOP, 3, "better"),
     "star-shuffled": ("", 3, "shuffled"),
     "star-uniform": ("--allocation-strength 0", 3, None),
@@ -91,6 +92,7 @@ COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it 
     "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
     "the true region, not flow-grpo: a bound": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
+    "maps divided by their root mean square, not undivided": ("star", "star-undivided"),
     "maps where A >= 0 alone, not flow-grpo": ("star-better", "flow-grpo"),
     "the map's places, not shuffled": ("star", "star-shuffled"),
     "the map alone (ratio by region)": ("star", "star-uniform"),
@@ -145,6 +147,11 @@ def use_better():
     star.objective = objective
 
 
+def use_undivided():
+    """Maps as they are, not divided by their root mean square: sharper ones have larger gradients."""
+    star.map_norm = lambda allocation: torch.ones_like(allocation[..., 0])
+
+
 def use_redness():
     """README's reward of one's own, which nothing but colour satisfies: a stress test."""
 
@@ -172,6 +179,7 @@ HOOKS = {
     "shuffled": use_shuffled,
     "region": use_region,
     "better": use_better,
+    "undivided": use_undivided,
     "redness": use_redness,
 }
 
