@@ -148,7 +148,7 @@ def use_better():
 
 
 def use_undivided():
-    """Maps as they are, not divided by their root mean square: sharper ones have larger gradients."""
+    """Maps that are not divided by their root mean square: a sharp one has a large gradient."""
     star.map_norm = lambda allocation: torch.ones_like(allocation[..., 0])
 
 
