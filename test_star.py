@@ -2213,6 +2213,21 @@ def test_the_exercises_changes_and_commands_fit_star_py(tmp_path, monkeypatch):
         evidence.changed(plain, "-no such line\n+another\n")
 
 
+def test_what_changed_is_compared_where_the_reward_is_first_reached(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "assets"))
+    import evidence
+
+    points = [(0.4, 0.0, 0.0), (0.6, 0.1, 0.2), (0.8, 0.3, 0.4), (0.7, 0.9, 0.9)]
+    assert evidence.crossing(points, 0.7) == pytest.approx((0.2, 0.3))
+    assert evidence.crossing(points, 0.6) == pytest.approx((0.1, 0.2))
+    with pytest.raises(ValueError):
+        evidence.crossing(points, 0.9)
+    sign = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    sign[:, :, 8:16, 24:40] = 255  # two tokens
+    elsewhere = evidence.pixels_off_the_sign(sign)
+    assert torch.equal(elsewhere, sign[:, 0] == 0)
+
+
 # --- the program ----------------------------------------------------------------------------------
 
 
