@@ -44,6 +44,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from hashlib import blake2b
@@ -233,7 +234,6 @@ def capture_attention(transformer, core_mask, blocks, hops=0):
     """
     captured = []
     projected = {}  # a linear layer: what it gave last
-    hooks = []
 
     def keep(linear, _, output):
         projected[linear] = output
@@ -242,16 +242,13 @@ def capture_attention(transformer, core_mask, blocks, hops=0):
         states = (projected.pop(linear) for linear in (attn.to_q, attn.to_k, attn.add_k_proj))
         captured.append(core_attention(attn, *states, core_mask, hops))
 
-    for block in blocks:
-        attn = transformer.transformer_blocks[block].attn
-        for linear in (attn.to_q, attn.to_k, attn.add_k_proj):
-            hooks.append(linear.register_forward_hook(keep))
-        hooks.append(attn.register_forward_hook(read))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            attn = transformer.transformer_blocks[block].attn
+            for linear in (attn.to_q, attn.to_k, attn.add_k_proj):
+                hooks.enter_context(linear.register_forward_hook(keep))
+            hooks.enter_context(attn.register_forward_hook(read))
         yield captured
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # "The core content that the user truly cares about in the prompt" is all the abstract says. We take
@@ -271,11 +268,10 @@ def quoted_span(prompt):
 
     Raises ValueError if there are none.
     """
-    start = prompt.find('"') + 1
-    end = prompt.find('"', start)
-    if start == 0 or end == -1 or not prompt[start:end].strip():
+    found = re.search('"([^"]*)"', prompt)
+    if not found or not found[1].strip():
         raise ValueError('no text between double quotes; write it as: a sign that says "HELLO"')
-    return start, end
+    return found.span(1)
 
 
 def content_spans(prompt):
@@ -358,10 +354,7 @@ def hindsight(attention):
     attention [T, ..., P] of all T steps of a rollout. Returns [T, ..., P] fp32; the last step's is
     its own.
     """
-    attention = attention.float()
-    later_sum = attention.flip(0).cumsum(0).flip(0)
-    steps_left = torch.arange(len(attention), 0, -1, device=attention.device)  # T, ..., 2, 1
-    return later_sum / steps_left.view(-1, *[1] * (attention.dim() - 1))
+    return torch.stack([attention[step:].float().mean(0) for step in range(len(attention))])
 
 
 def allocation_map(attention, strength):
@@ -402,13 +395,11 @@ def group_advantages(rewards, group_size):
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
-    groups = rewards.double().view(-1, group_size)
+    groups = rewards.float().double().view(-1, group_size)
     kept = groups.isfinite()
     std = groups[kept].std(correction=0)  # over the whole batch: Flow-GRPO's global std
-    # A mean of equal floats may miss them by a bit. With the group's largest reward taken off first
-    # they are exact zeros.
-    centred = groups - groups.where(kept, -math.inf).amax(1, keepdim=True)
-    centred = centred - centred.where(kept, 0).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+    # In double precision the mean of equal floats is exact, and so are their zeros.
+    centred = groups - groups.where(kept, math.nan).nanmean(1, keepdim=True)
     return (centred / (std + 1e-4)).clamp(-5, 5).where(kept, 0).flatten().float()
 
 
@@ -483,7 +474,7 @@ def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range, r
         clip_range = clip_range * math.sqrt(tokens)
     loss, stats = clipped_objective(log_ratio, allocation * advantages[:, None], clip_range)
     share = allocation / allocation.sum(-1, keepdim=True)  # a distribution over the image
-    entropy = -torch.special.xlogy(share, share).sum(-1).mean()
+    entropy = torch.special.entr(share).sum(-1).mean()
     stats["allocation_entropy"] = entropy / math.log(tokens)
     return loss, stats
 
@@ -595,7 +586,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     """
     key = (settings.seed, iteration)
     sigmas = policy.sigmas(settings.sampling_steps)
-    capture_steps = settings.sampling_steps if settings.method == "star" else 0
+    capture = settings.method == "star"
     began = time.perf_counter()
 
     # Steps 1 and 2. Sample groups of images (fdfo: pairs), one microbatch after the other, and read
@@ -605,7 +596,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     with RewardQueue(reward, prompts, settings.group_size, policy.device) as queue:
         for rows in microbatches(len(prompts) * settings.group_size, settings, key):
             rollout, images = sample(
-                policy, encoded, rows, settings, sigmas, key, settings.trained_steps, capture_steps
+                policy, encoded, rows, settings, sigmas, key, settings.trained_steps, capture
             )
             rollouts.append(rollout)
             queue.add(rows, images)
@@ -644,7 +635,7 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
         gradient_norms.append(optimizer.step())
     return {
         "iteration": iteration,
-        **summary(rewards, history, sampling_gaps, gradient_norms, optimizer),
+        **summary(rewards, history, sampling_gaps, gradient_norms),
         "seconds_sampling": sampled - began,
         "seconds_update": time.perf_counter() - sampled,
     }
@@ -710,13 +701,13 @@ def microbatches(count, settings, key=None):
 
 
 @torch.no_grad()
-def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_steps=0, copies=0):
+def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture=False, copies=0):
     """Sample one microbatch; return (Rollout, images [B, 3, h, w] uint8 on the CPU).
 
     Image `row` is copy row % copies of prompt row // copies (copies: by default the group's). key:
     what its noise depends on besides (prompt, copy): (seed, iteration). The first noisy_steps are
-    stochastic and may be trained on, the rest are Euler's; of the first capture_steps the attention
-    to the core is read, averaged over blocks.
+    stochastic and may be trained on, the rest are Euler's. With `capture` the attention to the core
+    is read at every step, averaged over blocks.
     """
     copies = copies or settings.group_size
     transformer = policy.transformer
@@ -738,9 +729,9 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture_
     trajectory = [noise[:, 0]]
     old = []
     attention = []
+    blocks = settings.blocks if capture else ()
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = trajectory[-1]
-        blocks = settings.blocks if i < capture_steps else ()
         with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
             sigma_of_each = torch.full(rows.shape, sigma)
             velocity = predict_velocity(
@@ -932,7 +923,7 @@ def gap_to_sampling(new, old, rollout, steps, settings):
     return float(stats["ratio_deviation"])
 
 
-def summary(rewards, history, sampling_gaps, gradient_norms, optimizer):
+def summary(rewards, history, sampling_gaps, gradient_norms):
     """Return columns of metrics.jsonl, over all processes; README.md explains them.
 
     Raises RunStopped if no optimizer step was taken.
@@ -949,14 +940,11 @@ def summary(rewards, history, sampling_gaps, gradient_norms, optimizer):
     finite_norms = [norm for norm in gradient_norms if math.isfinite(norm)]
     if not finite_norms:
         raise RunStopped("no gradient was finite; lower --learning-rate")
-    norm = sum(finite_norms) / len(finite_norms)
-    parameters = sum(parameter.numel() for parameter in optimizer.parameters)
     return {
         "reward": finite_rewards.mean().item(),
         **columns,
         "ratio_deviation": max(all_gaps),
-        "gradient_norm": norm,
-        "gradient_rms": norm / math.sqrt(parameters),
+        "gradient_norm": sum(finite_norms) / len(finite_norms),
         "dropped": len(rewards) - len(finite_rewards),
         "steps_skipped": len(gradient_norms) - len(finite_norms),
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,  # without CUDA 0
@@ -1075,9 +1063,10 @@ class Settings:
         "cuda", "where masters and moments live; cpu, with --gradient-checkpointing: 24 GB cards"
     )
     train_prompts: str = setting(
-        "", "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work"
+        "prompts/ocr/train.txt",
+        "file, one prompt a line (geneval: JSON lines); Flow-GRPO's files work",
     )
-    test_prompts: str = setting("", "file, likewise; evaluated in order")
+    test_prompts: str = setting("prompts/ocr/test.txt", "file, likewise; evaluated in order")
     seed: int = setting(0, "of everything random in the run")
     out: str = free_setting("", "the run's folder [runs/<task>-<model>-<method>-<time>]")
     save_every: int = free_setting(
@@ -1107,7 +1096,18 @@ FILES = ("train_prompts", "test_prompts", "transformer", "reward_model")  # sett
 # task and for the method, and last what the command line says.
 PRESETS = {
     "all": {},
-    "task": {"geneval": {"eval_prompts": 60}, "pickscore": {"kl": 0.01}},  # kl: Flow-GRPO
+    "task": {
+        "geneval": {
+            "eval_prompts": 60,
+            "train_prompts": "prompts/geneval/train.jsonl",
+            "test_prompts": "prompts/geneval/test.jsonl",
+        },
+        "pickscore": {
+            "kl": 0.01,  # Flow-GRPO
+            "train_prompts": "prompts/pickscore/train.txt",
+            "test_prompts": "prompts/pickscore/test.txt",
+        },
+    },
     "method": {
         "fdfo": {  # FDFO
             "optimizer_steps": 4,
@@ -1167,7 +1167,7 @@ def model_defaults(model):
         for values in (layers["all"], *layers["task"].values(), *layers["method"].values()):
             Settings(**values)  # a TypeError for what is not a setting
             for name in values.keys() & set(FILES):
-                values[name] = str((path.parent / values[name]).resolve())
+                values[name] = movable(str((path.parent / values[name]).resolve()))
     except Exception as error:  # no JSON, or not of this shape
         raise BadInput(f"{path}: {one_line(error)}") from error
     return layers
@@ -1180,7 +1180,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """Make the command line's parser from Settings, with the defaults in the help."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     layers = PRESETS["task"] | PRESETS["method"]
     for name, kind in get_type_hints(Settings).items():
         default = str(FIELDS[name].default)
@@ -1193,9 +1193,10 @@ def make_parser():
         options = {"type": kind}
         if kind is bool:
             options = {"action": "store_true"}
+        elif name in FILES:
+            options = {"type": movable}
         elif get_args(kind):
             options = {"choices": get_args(kind)}
-        help = textwrap.fill(help, 80)
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **options)
     return parser
 
@@ -1219,12 +1220,6 @@ def parse_settings(arguments=None):
     values = PRESETS["task"].get(task, {}) | own["all"] | PRESETS["method"].get(method, {})
     values |= own["task"].get(task, {}) | own["method"].get(method, {}) | given
     settings = Settings(**values)
-    for part in ("train", "test"):
-        if not getattr(settings, f"{part}_prompts"):
-            path = next((ROOT / "prompts" / settings.task).glob(f"{part}.*"))
-            setattr(settings, f"{part}_prompts", str(path))
-    for name in FILES:
-        setattr(settings, name, movable(getattr(settings, name)))
     if not settings.out:
         run = f"{settings.task}-{Path(settings.model).name}-{settings.method}"
         settings.out = f"runs/{run}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1275,17 +1270,16 @@ def resumed(given):
     """Return the settings of the run that --resume goes on with, and those given now."""
     out = Path(given.get("out", ""))
     if "out" not in given:
-        found = sorted(Path("runs").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime)
-        need(found, "--resume: no run with a checkpoint under runs/; name its folder with --out")
-        out = found[-1].parent
+        saved = max(Path("runs").glob("*/checkpoints"), key=os.path.getmtime, default=None)
+        need(saved, "--resume: no run with a checkpoint under runs/; name its folder with --out")
+        out = saved.parent
     try:
         settings, digests = saved_config(out)
     except Exception as error:  # no file, no JSON, other settings
         raise BadInput(f"--resume: there is no run in {out} ({one_line(error)})") from error
     changed = []
     for name, value in given.items():
-        same = value == settings[name] or name in FILES and movable(value) == settings[name]
-        if not same and not FIELDS[name].metadata["may_change_on_resume"]:
+        if value != settings[name] and not FIELDS[name].metadata["may_change_on_resume"]:
             changed.append(flag(name))
     need(
         not changed,
@@ -1660,28 +1654,22 @@ def note_strange_words(settings, prompts):
         print(f"note: --model {settings.model} was not trained on these words:", *sorted(strange))
 
 
-# The many-language recogniser reads a full-width letter for a plain one at times.
-FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
-
-
 def normalise_text(text):
     """Normalise as Flow-GRPO's OCR reward does: no spaces, lower case.
 
-    Full-width letters, which its recogniser lacks, count as ASCII.
+    The many-language recogniser reads a full-width letter for a plain one at times: NFKC mends it.
     """
-    return text.translate(FULL_WIDTH).replace(" ", "").lower()
+    return unicodedata.normalize("NFKC", text).replace(" ", "").lower()
 
 
 def edit_distance(a, b):
     """Return Levenshtein's: insertions, deletions and substitutions that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        diagonal = row[0]
-        row[0] = i
-        for j, y in enumerate(b, 1):
-            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-            diagonal = row[j]
-            row[j] = best
+        above = row
+        row = [i]
+        for j, y in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (x != y)))
     return row[-1]
 
 
@@ -1695,8 +1683,7 @@ def ocr_score(recognised, target):
     target = normalise_text(target)
     if target in recognised:
         return 1.0, recognised == target
-    distance = min(edit_distance(recognised, target), len(target))
-    return 1 - distance / len(target), False
+    return max(0.0, 1 - edit_distance(recognised, target) / len(target)), False
 
 
 class OCRReward:
@@ -1714,8 +1701,7 @@ class OCRReward:
         picture = to_picture(image)
         side = max(picture.size)
         if side < 192:  # the detector wants letters of more than a few pixels
-            size = [192 * length // side for length in picture.size]
-            picture = picture.resize(size, Image.BICUBIC)
+            picture = ImageOps.contain(picture, (192, 192))  # bicubic
         if not hasattr(self.local, "engine"):
             parameters = {
                 "Global.use_cls": False,
@@ -1919,10 +1905,8 @@ class GenEvalReward(torch.nn.Module):
         )
         scores = []
         for image, prompt, result in zip(images, prompts, results):
-            painted = set()  # the classes whose colour matters
-            for clause in prompt.metadata["include"]:
-                if "color" in clause:
-                    painted.add(clause["class"])
+            include = prompt.metadata["include"]
+            painted = {clause["class"] for clause in include if "color" in clause}
             detections = {}
             for segment, mask in zip(result["segments_info"], result["segmentation"].bool().cpu()):
                 name = self.names[segment["label_id"]]
@@ -2070,7 +2054,7 @@ def scene_statistics(images):
     down = pixels.diff(dim=-2).abs().mean((1, 2, 3))
     red, green, blue = (images // 64).long().unbind(1)
     bins = F.one_hot(16 * red + 4 * green + blue, 64).float().mean((1, 2))  # [B, 64]
-    entropy = -torch.special.xlogy(bins, bins).sum(1) / math.log(64)
+    entropy = torch.special.entr(bins).sum(1) / math.log(64)
     return torch.stack([(across + down) / 2, entropy], dim=1)
 
 
@@ -2167,7 +2151,7 @@ def save_maps(path, policy, prompts, settings):
         settings,
         sigmas,
         EVALUATION_KEY,
-        capture_steps=settings.sampling_steps,
+        capture=True,
         copies=1,
     )
     maps = step_maps(rollout.attention, settings).cpu()

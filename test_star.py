@@ -1056,9 +1056,6 @@ def test_ratio_is_exactly_1_on_policy(mini, dtype, guidance, method):
     parameters = policy.transformer.parameters()
     changed = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
     assert sum(changed) > 0.8 * len(changed)  # All of the model trains: no LoRA.
-    count = sum(parameter.numel() for parameter in before)
-    expected = metrics["gradient_norm"] / math.sqrt(count)
-    assert metrics["gradient_rms"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("method", ["star", "flow-grpo", "fdfo"])
@@ -2622,9 +2619,8 @@ def test_a_gradient_that_is_not_finite_is_no_step(short, monkeypatch):
 
 
 def test_a_diverging_run_shows_nan():
-    optimizer = SimpleNamespace(parameters=[torch.zeros(4)])
     history = [{"ratio": 1.0, "kl": 0.1}, {"ratio": math.nan, "kl": 0.3}]
-    metrics = star.summary(torch.tensor([0.5, 0.7]), history, [0.0], [1.0, math.nan], optimizer)
+    metrics = star.summary(torch.tensor([0.5, 0.7]), history, [0.0], [1.0, math.nan])
     assert math.isnan(metrics["ratio"]) and metrics["kl"] == pytest.approx(0.2)
     assert metrics["gradient_norm"] == 1 and metrics["steps_skipped"] == 1
 
@@ -2873,7 +2869,7 @@ def measure_cost(*arguments, rounds=5):
         print(
             f"{arm}, window {arms[arm].sde_window}: {sampling:.4f} s an image for sampling, "
             f"{update:.4f} for update; peak memory {peak:.1f} GB; "
-            f"ratio deviation {deviation:.1e}; gradient RMS {rows[0]['gradient_rms']:.1e}"
+            f"ratio deviation {deviation:.1e}; gradient norm {rows[0]['gradient_norm']:.1e}"
         )
     for other, parts in (
         ("flow-grpo", "sampling update"),

@@ -302,7 +302,7 @@ def test_images(transformer, task, count=None):
     return [prompt for prompt in prompts for _ in range(copies)], images
 
 
-def draw_all(policy, prompts, copies, settings, capture_steps=0):
+def draw_all(policy, prompts, copies, settings, capture=False):
     """(rollouts, images [rows, 3, h, w]) as star.evaluate draws them."""
     encoded = policy.encode(prompts)
     sigmas = policy.sigmas(settings.eval_steps)
@@ -310,7 +310,7 @@ def draw_all(policy, prompts, copies, settings, capture_steps=0):
     rollouts = []
     images = []
     for rows in star.microbatches(len(prompts) * copies, settings):
-        given = (policy, encoded, rows, settings, sigmas, key, 0, capture_steps, copies)
+        given = (policy, encoded, rows, settings, sigmas, key, 0, capture, copies)
         rollout, drawn = star.sample(*given)
         rollouts.append(rollout)
         images.append(drawn)
@@ -781,7 +781,7 @@ def first(given, count=4):
             settings = star.parse_settings(["--task", task, "--model", "tiny", *start])
             policy = star.load_policy(settings, "cpu")
             prompts = star.load_prompts(settings.test_prompts, task)[:count]
-            rollouts, images = draw_all(policy, prompts, 1, settings, settings.eval_steps)
+            rollouts, images = draw_all(policy, prompts, 1, settings, capture=True)
             for image, prompt in zip(images, prompts, strict=True):
                 rows[row].append((image, prompt.text if row == 0 else ""))
         maps = star.step_maps(rollouts[0].attention, settings)[0]
