@@ -15,6 +15,7 @@ These commands are for by hand:
 """
 
 import copy
+import csv
 import dataclasses
 import functools
 import itertools
@@ -2199,9 +2200,14 @@ def test_the_exercises_changes_and_commands_fit_star_py(tmp_path, monkeypatch):
     exercises = evidence.read_exercises()
     assert len(exercises) == 9  # the reference and eight
     plain = (ROOT / "star.py").read_text()
+    with open(ROOT / "assets/runs/exercises.csv") as file:
+        measured = {(line["exercise"], line["arguments"]): line for line in csv.DictReader(file)}
+    page = evidence.EXERCISES.read_text()
     for title, source, commands in exercises:
         compile(source, title, "exec")
         for arguments in commands:
+            line = measured[title, " ".join(arguments)]
+            assert f"| {' | '.join(evidence.exercise_row(line, source))} |" in page
             out = str(tmp_path / "run")
             settings = star.parse_settings([*arguments, "--model", "tiny", "--out", out])
             assert settings.iterations == 12
