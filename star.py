@@ -987,7 +987,7 @@ class Settings:
         "", "start from a run's folder, or its transformer/; --iterations 0: only score it"
     )
     reward_model: str = free_setting(
-        "", "local copy of the reward's CLIP; geneval: of detector/ and clip/"
+        "", "local copy of the reward's CLIP; geneval: a folder with detector/ and clip/"
     )
 
     # STAR. The abstract gives no number, so these are ours.
@@ -998,21 +998,23 @@ class Settings:
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")
     attention_steps: Literal["own", "later"] = setting(
         "later",
-        "a step's map: of its own attention, or the mean to the last step",
+        "own: a step's map is of its attention; later: of the mean from it to the last step",
         methods=("star",),
     )
     attention_hops: int = setting(
-        1, "hops through the image's own attention, which complete a map", 0, 2, ("star",)
+        1, "times a map is spread through the image's own attention", 0, 2, ("star",)
     )
     ratio: Literal["region", "image"] = setting(
         "region", "clip each region's ratio, or the image's", methods=("star",)
     )
     step_weights: Literal["none", "equal"] = setting(
-        "equal", "equal: all trained steps, and maps, count alike", methods=GRPO
+        "equal",
+        "equal: divide out each step's gradient size, and each map's root mean square",
+        methods=GRPO,
     )
     # The signal is in the first steps, where composition is decided. Flow-GRPO trains 9.
     sde_window: int = setting(
-        4, "noise and training in the first K steps, Euler's after", 1, methods=GRPO
+        4, "K: the first K steps are noisy and train, the rest are Euler's", 1, methods=GRPO
     )
 
     # Flow-GRPO's recipe for SD3.5 Medium, except where a comment says otherwise.
@@ -1181,6 +1183,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser():
     """Make the command line's parser from Settings, with the defaults in the help."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "Defaults are SD3.5 Medium's; a model's own are in its folder's star.json."
     layers = PRESETS["task"] | PRESETS["method"]
     for name, kind in get_type_hints(Settings).items():
         default = str(FIELDS[name].default)
