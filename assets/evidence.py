@@ -90,7 +90,7 @@ COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it 
     "star, not flow-grpo": ("star", "flow-grpo"),
     "one hop, later steps, block 2: not the step's own map of block 3": ("star", "star-own"),
     "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
-    "the true region, not flow-grpo: a bound": ("star-region", "flow-grpo"),
+    "the true region, not flow-grpo": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
     "maps divided by their root mean square, not undivided": ("star", "star-undivided"),
     "maps where A >= 0 alone, not flow-grpo": ("star-better", "flow-grpo"),
@@ -122,7 +122,7 @@ def use_shuffled():
 
 
 def use_region():
-    """The true region of the final image in place of the attention, for all its steps: a bound."""
+    """The true region of the final image in place of the attention, for all its steps."""
     plain = star.sample
 
     def sample(policy, encoded, rows, settings, *others, **named):

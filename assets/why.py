@@ -162,7 +162,7 @@ def ones(readings):
 TODAY = "own step, no hop"
 BEST = "later steps, one hop"
 BY_TOKEN = "later steps, one hop, token by token"
-TRUE = "the true region: a bound"
+TRUE = "the true region"
 MAPS = {
     "uniform": ones,
     TODAY: lambda r: normal(own(r.attention[3, 0])),
@@ -477,8 +477,15 @@ def signal(given):
     row_height = 64
     left = 420
     scale = 4200  # pixels a unit of cosine
-    sheet = Image.new("RGB", (1080, 90 + row_height * len(names)), "white")
+    bottom = 70 + row_height * len(names)
+    sheet = Image.new("RGB", (1080, bottom + 76), "white")
     draw = ImageDraw.Draw(sheet)
+    for tick in (0, 0.05, 0.1, 0.15):
+        x = left + scale * tick
+        draw.line((x, 60, x, bottom), fill="#dddddd", width=2)
+        draw.text((x, bottom + 6), f"{tick:g}", fill="black", font=font, anchor="ma")
+    text = "cosine to the reward's gradient, by other batches"
+    draw.text((left, bottom + 40), text, fill="black", font=font)
     colours = {"raw": "#9bb3c9", "whitened": "#1f5f99"}
     for place, (geometry, colour) in enumerate(colours.items()):
         x = left + 220 * place
