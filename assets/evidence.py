@@ -80,7 +80,7 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star-uniform": ("--allocation-strength 0", 3, None),
     "star-image": ("--ratio image", 3, None),
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
-    "fdfo": ("--method fdfo", 3, None),
+    "fdfo": ("--method fdfo", 6, None),
 }
 REDNESS = {}  # the same with another reward, whose numbers are in no table of ocr's
 for method in ("star", "flow-grpo", "fdfo"):
