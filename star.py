@@ -21,7 +21,7 @@ chose and why. README.md has the list, the results, and what a run costs.
 
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU (counted: 61 hours of
                                                   an H200); without one a tiny embedded model (four
-                                                  minutes of two cores, reward 0.42 to 0.81)
+                                                  minutes of two cores, reward 0.42 to 0.74)
   python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
   python star.py --resume                         go on with the last run after any interruption
 """

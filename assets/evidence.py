@@ -445,11 +445,24 @@ def table(given):
             pair = (found[arm], found[without])
             row(change, *(difference(measure, *pair) for measure in measures))
     print()
+    some_run = next(iter(next(iter(found.values())).values()))
+    steps = [step for step in curve(some_run) if step > 0]
+    heading("the test reward's difference after ... images", *(IMAGES * step for step in steps))
+    for change, (arm, without) in COMPARED.items():
+        shared = found.get(arm, {}).keys() & found.get(without, {}).keys()
+        if len(shared) >= 3:
+            row(change, *(apart_at(step, found[arm], found[without], shared) for step in steps))
+    print()
     seeds = range(max(map(max, found.values())) + 1)
     heading("mean, seed by seed", *seeds)
     for arm, runs in found.items():
         cells = {seed: f"{area(lines):.3f}" for seed, lines in runs.items()}
         row(arm, *(cells.get(seed, "") for seed in seeds))
+
+
+def apart_at(step, runs, others, seeds):
+    apart = [curve(runs[seed])[step] - curve(others[seed])[step] for seed in seeds]
+    return f"{statistics.mean(apart):+.3f} ± {standard_error(apart):.3f}"
 
 
 def heading(*names):
@@ -669,20 +682,25 @@ BOTTOM = 170
 
 
 def curves(given):
-    """Test reward over images seen, a panel a task: mean and standard error of the seeds."""
+    """Test reward over images seen, a panel a task: mean and error of arms with three seeds."""
     tasks = [task for task in ("ocr", "geneval") if (given.runs / task).is_dir()]
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(sheet, "RGBA")
     font = ImageFont.load_default(size=26)
     side = WIDTH // max(len(tasks), 1)
+    shown = set()
     for panel, given.task in enumerate(tasks):
-        bands = {arm: band(runs.values()) for arm, runs in load(given).items() if arm in SHOWN}
+        bands = {}
+        for arm, runs in load(given).items():
+            if arm in SHOWN and len(runs) >= 3:
+                bands[arm] = band(runs.values())
+        shown |= bands.keys()
         draw_panel(draw, font, bands, given.task, panel * side + 80, side - 120)
     draw.text((WIDTH // 2, HEIGHT - 116), "images seen", fill="black", font=font, anchor="ma")
-    for index, (arm, colour) in enumerate(SHOWN.items()):
+    for index, arm in enumerate(arm for arm in SHOWN if arm in shown):
         left = 40 + index % 3 * 390
         top = HEIGHT - 78 + index // 3 * 36
-        draw.line([(left, top + 16), (left + 44, top + 16)], fill=colour, width=8)
+        draw.line([(left, top + 16), (left + 44, top + 16)], fill=SHOWN[arm], width=8)
         draw.text((left + 56, top), arm, fill="black", font=font)
     sheet.save(given.out or ROOT / "assets/curves.png")
 
