@@ -683,19 +683,22 @@ BOTTOM = 170
 
 def curves(given):
     """Test reward over images seen, a panel a task: mean and error of arms with three seeds."""
-    tasks = [task for task in ("ocr", "geneval") if (given.runs / task).is_dir()]
-    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(sheet, "RGBA")
-    font = ImageFont.load_default(size=26)
-    side = WIDTH // max(len(tasks), 1)
-    shown = set()
-    for panel, given.task in enumerate(tasks):
+    panels = {}
+    for given.task in ("ocr", "geneval"):
         bands = {}
         for arm, runs in load(given).items():
             if arm in SHOWN and len(runs) >= 3:
                 bands[arm] = band(runs.values())
+        if bands:
+            panels[given.task] = bands
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(sheet, "RGBA")
+    font = ImageFont.load_default(size=26)
+    side = WIDTH // len(panels)
+    shown = set()
+    for place, (task, bands) in enumerate(panels.items()):
         shown |= bands.keys()
-        draw_panel(draw, font, bands, given.task, panel * side + 80, side - 120)
+        draw_panel(draw, font, bands, task, place * side + 80, side - 120)
     draw.text((WIDTH // 2, HEIGHT - 116), "images seen", fill="black", font=font, anchor="ma")
     for index, arm in enumerate(arm for arm in SHOWN if arm in shown):
         left = 40 + index % 3 * 390
