@@ -72,6 +72,7 @@ NO_HOP = "--attention-blocks 3 --attention-hops 0"
 ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star": ("", 10, None),
     "flow-grpo": ("--method flow-grpo", 10, None),
+    "star-block-2": ("--attention-blocks 2", 5, None),  # ocr's default, for geneval's runs
     "star-own": (OWN, 10, None),
     "star-region": ("", 10, "region"),
     "star-undivided": ("", 5, "undivided"),
@@ -90,6 +91,7 @@ COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it 
     "star, not flow-grpo": ("star", "flow-grpo"),
     "one hop, later steps, block 2: not the step's own map of block 3": ("star", "star-own"),
     "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
+    "block 3, not block 2": ("star", "star-block-2"),
     "the true region, not flow-grpo": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
     "maps divided by their root mean square, not undivided": ("star", "star-undivided"),
