@@ -2175,30 +2175,40 @@ def test_the_readmes_way_to_draw_works(monkeypatch, offline):
     assert image.size == (64, 64) and len(image.getcolors(4096)) > 100
 
 
-def test_the_readmes_result_is_what_the_evidence_prints():
-    """Each of its arms' rows, number by number, and each difference that it names."""
-    command = [sys.executable, ROOT / "assets/evidence.py", "table"]
+def printed_by_the_evidence(task):
+    """{first cell of a row: its others} of the tables that `evidence.py table` prints."""
+    command = [sys.executable, ROOT / "assets/evidence.py", "table", "--task", task]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = {}
     for line in printed.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         rows.setdefault(cells[0], cells[1:])
+    return rows
+
+
+def test_the_readmes_result_is_what_the_evidence_prints():
+    """Each of its arms' rows, number by number, and each difference that it names."""
+    result = " ".join(section("Result").split())
+    ocr = printed_by_the_evidence("ocr")
+    geneval = printed_by_the_evidence("geneval")
     found = re.findall(r"^\| `([a-z-]+)`.*?\|(.*)\|$", section("Result"), re.MULTILINE)
     assert len(found) == 4
     for arm, told in found:
         mean, final = [cell.strip() for cell in told.split("|")]
-        assert ["10", mean, final] == rows[arm][:3], arm
-    named = {
-        "star, not flow-grpo": r"star less flow-grpo[^:]*: \+([\d.]+) \(SE ([\d.]+)",
-        "one hop, later steps, block 2: not the step's own map of block 3": (
-            r"is ([\d.]+) behind it \(SE ([\d.]+)"
-        ),
-        "fdfo, not flow-grpo": r"behind in the mean, by ([\d.]+) \(SE ([\d.]+)",
-    }
-    for difference, words in named.items():
-        (told,) = re.findall(words, section("Result"))
-        expected = re.match(r"[+-]([\d.]+) \(SE ([\d.]+)", rows[difference][0])
-        assert told == expected.groups(), difference
+        assert ["10", mean, final] == ocr[arm][:3], arm
+    hop = "one hop, later steps, block 2: not the step's own map of block 3"
+    named = [
+        (ocr["star, not flow-grpo"][0], "star less flow-grpo, paired by seed: {} (SE {})"),
+        (ocr[hop][0], "is {} behind it (SE {})"),
+        (ocr["fdfo, not flow-grpo"][0], "behind in the mean, by {} (SE {}"),
+        (geneval["star, not flow-grpo"][0], "star less flow-grpo is {} (SE {}) in the reward"),
+        (geneval["star, not flow-grpo"][2], "looked at afterwards, {} (SE {})"),
+    ]
+    for printed, sentence in named:
+        difference, error = re.match(r"([+-][\d.]+) \(SE ([\d.]+)", printed).groups()
+        if "behind" in sentence:
+            difference = difference[1:]
+        assert sentence.format(difference, error) in result
 
 
 def test_the_exercises_changes_and_commands_fit_star_py(tmp_path, monkeypatch):

@@ -322,15 +322,27 @@ def draw_all(policy, prompts, copies, settings, capture=False):
 def second_judge(transformer, task):
     """ocr: exact matches and character error rate under Tesseract.
 
-    geneval: the score by the renderer's pixels.
+    geneval: by the renderer's pixels the score, and of the objects that a prompt asks for how many
+    an image lacks and how many it has beyond their number.
     """
     prompts, images = test_images(transformer, task)
     if task == "geneval":
         tags = {}
+        missing = 0
+        extra = 0
         for prompt, image in zip(prompts, images, strict=True):
-            verdict = star.geneval_scores(prompt.metadata, pixel_rule(image))[1]
+            found = pixel_rule(image)
+            verdict = star.geneval_scores(prompt.metadata, found)[1]
             tags.setdefault(prompt.metadata["tag"], []).append(verdict)
-        return {"pixel_rule_score": statistics.mean(map(statistics.mean, tags.values()))}
+            for clause in prompt.metadata["include"]:
+                beyond = len(found.get(clause["class"], [])) - clause["count"]
+                missing += max(0, -beyond)
+                extra += max(0, beyond)
+        return {
+            "pixel_rule_score": statistics.mean(map(statistics.mean, tags.values())),
+            "objects_missing": missing / len(images),
+            "objects_extra": extra / len(images),
+        }
     errors = []
     exact = []
     for prompt, image in zip(prompts, images, strict=True):
@@ -364,7 +376,11 @@ def load(given):
     for path in sorted(results(given).glob("*/metrics.jsonl")):
         arm, seed = path.parent.name.rsplit("-", 1)
         if not arm.startswith(("tune-", "redness-")):
-            found.setdefault(arm, {})[int(seed)] = read_lines(path)
+            lines = read_lines(path)
+            scores = [line["eval_score"] for line in lines[1:] if "eval_score" in line]
+            if scores:
+                lines[-1]["mean_score"] = statistics.mean(scores)
+            found.setdefault(arm, {})[int(seed)] = lines
     found = {arm: runs for arm, runs in found.items() if runs}
     if not found:
         sys.exit(f"no runs in {results(given)}")
@@ -419,8 +435,11 @@ MEASURES = {  # after the mean: heading and column
     },
     "geneval": {
         "final": "eval_reward",
+        "mean score": "mean_score",
         "final score": "eval_score",
         "pixel rule's score": "pixel_rule_score",
+        "missing": "objects_missing",
+        "extra": "objects_extra",
     },
 }
 
@@ -434,7 +453,7 @@ def table(given):
     if base.exists():
         first = next(iter(next(iter(found.values())).values()))[0]
         first |= json.loads(base.read_text())
-        row("before", "", "", *(f"{first[name]:.3f}" for name in names.values()), "", "")
+        row("before", "", "", *(spread([first.get(name)]) for name in names.values()), "", "")
     for arm, runs in found.items():
         trained = [line for lines in runs.values() for line in lines[1:]]
         columns = [spread([measure(lines) for lines in runs.values()]) for measure in measures]
