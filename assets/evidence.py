@@ -91,6 +91,7 @@ COMPARED = {  # fixed before the first arm was run: an arm, and the arm that it 
     "star, not flow-grpo": ("star", "flow-grpo"),
     "one hop, later steps, block 2: not the step's own map of block 3": ("star", "star-own"),
     "the step's own map, not flow-grpo": ("star-own", "flow-grpo"),
+    # Added later, when one run of block 2 was there.
     "block 3, not block 2": ("star", "star-block-2"),
     "the true region, not flow-grpo": ("star-region", "flow-grpo"),
     "star, not the true region": ("star", "star-region"),
