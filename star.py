@@ -5,8 +5,8 @@ advantage of an image and applies it more strongly where the model's own text-im
 the prompt's core content, with a map for every trained denoising step of every rollout. It has five
 steps, each one or two functions below, and train_iteration takes them in this order:
 
-  1. Sample groups of images with an SDE; each of its steps      sde_mean_std, token_log_prob
-     is a Gaussian action.
+  1. Sample groups of images; each of the first K steps is       sde_mean_std, token_log_prob
+     an SDE's, a Gaussian action, the rest are Euler's.
   2. On the way, read the attention of every region to the       core_spans, capture_attention
      core of the prompt.
   3. Make it an allocation map of mean 1, for every trained      hindsight, allocation_map
@@ -22,7 +22,8 @@ chose and why. README.md has the list, the results, and what a run costs.
   python star.py --task ocr                       SD3.5 Medium with a CUDA GPU (counted: 61 hours of
                                                   an H200); without one a tiny embedded model (four
                                                   minutes of two cores, reward 0.42 to 0.74)
-  python star.py --task ocr --method flow-grpo    the baseline; or --method fdfo
+  python star.py --task ocr --method flow-grpo    the baseline, star without maps (as published:
+                                                  --sde-window 9 --step-weights none); or fdfo
   python star.py --resume                         go on with the last run after any interruption
 """
 
@@ -48,7 +49,7 @@ import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -63,22 +64,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 # ==================================================================================================
-# Notation: these names, everywhere.
+# Notation: these names, everywhere, of one step. (A Rollout has a step as its first dimension;
+# fdfo's images may each be at another step, and sigma is then [B].)
 #
 #   x_t    latents        [B, C, H, W]  noisy latents, x_t = (1 - sigma) x_0 + sigma n
 #   sigma  sigma          float         flow time: 1 = noise, 0 = data
 #   v      velocity       [B, C, H, W]  n - x_0 as the model predicts it, after guidance (CFG)
-#   T      sampling_steps int           denoising steps of a rollout, of which the first K train
+#   T      sampling_steps int           denoising steps of a rollout
+#   K      trained_steps  int           the first K of them are noisy and train (--sde-window; fdfo:
+#                                       all T)
 #   P      tokens         int           image tokens, a 2x2 latent patch each, row-major; a *region*
 #                                       is one image token
-#   N      text tokens    int           the joint text sequence: CLIP's positions, then T5's
-#   S      attention      [B, P]        probability mass that an image token's query puts on the
-#                                       core text tokens, after --attention-hops
+#   N      text tokens    int           the joint text sequence: positions that both CLIPs share,
+#                                       then T5's
+#   S      attention      [B, P]        share of an image token's attention that the core text
+#                                       tokens get, then carried on by --attention-hops
 #   M      allocation     [B, P]        allocation map: >= 0, mean over P exactly 1
 #   A      advantages     [B]           group-relative advantage
 #   l_p    log_prob       [B, P]        per-token mean of the Gaussian log-density of the step taken
 #   rho_p  ratio          [B, P]        exp(l_p - l_p_old): new density over old, per latent number
-#                                       (a geometric mean); --ratio image: the whole image's
+#                                       (a geometric mean); --ratio, and star_objective's
+#                                       argument `ratio`, say whether the region's or the image's
 #
 # One step of SD3.5 Medium at 512 px, in shapes:
 #
@@ -87,7 +93,8 @@ from tqdm import tqdm
 #   one hop through the image's own attention, mean from this step to the last -> M [B, 1024]
 #   v [B, 16, 64, 64] -> Gaussian of the next latents -> its log-density, mean over each patch's
 #   16 x 2 x 2 numbers -> l_p [B, 1024];   reward of the final image -> A [B]
-#   loss: mean over 1024 regions of -min(rho_p M_p A, clip(rho_p) M_p A)
+#   loss: the step's weight times the mean over 1024 regions of
+#   -min(rho_p M_p A / m, clip(rho_p) M_p A / m), with m the map's root mean square
 
 # --------------------------------------------------------------------------------------------------
 # 1. The policy: one stochastic denoising step is one action, drawn from a Gaussian whose density we
@@ -104,9 +111,9 @@ from tqdm import tqdm
 #     dx = (v - (s^2 / 2) grad log p) dsigma + s dw
 #        = (v + s^2 / (2 sigma) (x + (1 - sigma) v)) dsigma + s dw,  s = a sqrt(sigma / (1 - sigma))
 # with dw of variance dtau. (A guided v is used as if it were the true one, as in Flow-GRPO.) One
-# Euler-Maruyama step of it is sde_mean_std. At sigma = 1 that s would be infinite: the denominator
-# of the first step takes 1 - sigma_max, with the largest sigma below 1, which leaves it about as
-# noisy as the second step.
+# Euler-Maruyama step of it is sde_mean_std. At sigma = 1 that s would be infinite: there its
+# denominator is 1 - sigma_max instead, where sigma_max (Flow-GRPO's name) is the largest sigma
+# below 1, that of the second step. So the first step is about as noisy as the second.
 
 
 def sde_mean_std(latents, velocity, sigma, sigma_next, sigma_max, noise_level):
@@ -152,13 +159,14 @@ def token_log_prob(next_latents, mean, std, patch_size=2):
 def step_weights(sigmas, noise_level, window):
     """Return --step-weights equal: each trained step's weight std / |d mean / d v|, of mean 1.
 
-    The gradient of a step's log-density with respect to the velocity is
+    With x' a number of the next latents, its log-density's gradient with respect to its velocity is
         d l / d v = (x' - mean) / std^2  d mean / d v
                   = [(x' - mean) / std]  (d mean / d v) / std,
     and at theta = theta_old the bracket is a draw from N(0, 1), equally large at every step. What
-    is left, |d mean / d v| / std = (1 / a + a / 2) sqrt((1 - sigma) (-dt) / sigma), grows 26-fold
-    over nine of ten steps: the last ones would dominate every update, whatever they have to say.
-    The weight takes it out. (Ours; TempFlow-GRPO and GRPO-Guard reweight for the same reason.)
+    is left, |d mean / d v| / std = (1 / a + a / 2) sqrt((1 - sigma) (-dt) / sigma), or at the first
+    step, whose denominator is another, sqrt((1 - sigma_max) (-dt)) / a, grows 3.3-fold over the
+    first four of ten steps and 26-fold over nine: the last would weigh most, whatever they have to
+    say. The weight takes it out. (Ours; TempFlow-GRPO and GRPO-Guard reweight for the same reason.)
     sigmas: the sampler's grid, T + 1 floats from 1 to 0, of which `window` steps are trained.
     Returns a list of `window` floats.
     """
@@ -338,14 +346,14 @@ def token_mask(spans, offsets):
 #
 # Later steps depend on the noise of step t, so M_p grad l_p is no longer zero on average, as PPO's
 # gradient is for any constant advantage. Advantages that sum to zero cancel that, if all images
-# have maps. Maps on the better images alone (as arXiv 2510.13554 has it for language models) carry
-# more signal still, but keep that lead when advantages are dealt at random: they push toward what
-# is drawn, whatever the reward says, and the model that we trained so collapsed.
+# have maps. Maps on the better images alone (as arXiv 2510.13554 has it for language models) push
+# harder, but do so too when advantages are dealt at random: toward what is drawn, whatever the
+# reward says. The model that we trained so collapsed.
 #
 # M has mean 1 at every step, so a map moves credit over space only. (--step-weights equal then
 # divides A by the map's root mean square m, so that a concentrated map gets no larger a gradient.)
-# Credit moves over *time* by the step weights and by --sde-window, which trains the first steps
-# alone: there the composition is decided, and there we found the signal.
+# Credit moves over *time* by that m, by the step weights and by --sde-window, which trains the
+# first steps alone: there the composition is decided, and there we found the signal.
 
 
 def hindsight(attention):
@@ -362,7 +370,8 @@ def allocation_map(attention, strength):
 
     attention [..., P] >= 0; strength lambda in [0, 1], 0 = uniform. Returns [..., P] fp32,
     detached, >= 0, of mean 1 over P (so learning rate, clip range and KL weight keep Flow-GRPO's
-    units). No attention at all gives the uniform map. Raises ValueError for another strength.
+    units, but for map_norm). No attention at all gives the uniform map. Raises ValueError for
+    another strength.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"allocation strength must lie in [0, 1], got {strength}")
@@ -387,17 +396,18 @@ def map_norm(allocation):
 
 
 def group_advantages(rewards, group_size):
-    """Return A_i = (r_i - mean of its group) / (std of the whole batch + 1e-4), within [-5, 5].
+    """Return A_i = (r_i - mean of its group) / (std of all rewards + 1e-4), within [-5, 5].
 
-    rewards [B], groups contiguous: rows 0..group_size-1 are the first prompt's. Returns [B] fp32.
-    A missing reward (NaN) has advantage 0 and counts for neither mean nor std; a group of equal
-    rewards gives exactly 0. Raises ValueError if B does not divide into groups.
+    rewards [B], here of all the iteration's images, groups contiguous: rows 0..group_size-1 are the
+    first prompt's. Returns [B] fp32. A missing reward (NaN) has advantage 0 and counts for neither
+    mean nor std; a group of equal rewards gives exactly 0. Raises ValueError if B does not divide
+    into groups.
     """
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}")
     groups = rewards.float().double().view(-1, group_size)
     kept = groups.isfinite()
-    std = groups[kept].std(correction=0)  # over the whole batch: Flow-GRPO's global std
+    std = groups[kept].std(correction=0)  # over all: Flow-GRPO's global std
     # In double precision the mean of equal floats is exact, and so are their zeros.
     centred = groups - groups.where(kept, math.nan).nanmean(1, keepdim=True)
     return (centred / (std + 1e-4)).clamp(-5, 5).where(kept, 0).flatten().float()
@@ -408,18 +418,19 @@ def group_advantages(rewards, group_size):
 #
 # At theta = theta_old every ratio is 1, nothing is clipped, and the gradient of an image's loss is
 #     -w_t sum_p (M_p / m) A grad l_p / P,
-# with the step's weight w_t and the map's norm m of --step-weights equal (none: both are 1). M is
-# all of STAR: Flow-GRPO has A alone. What follows bounds how far one sampling round may carry it.
-# As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic min clips each region on the
-# side that A says, and M only scales it. What is clipped is --ratio's choice:
+# with the step's weight w_t and the map's norm m of --step-weights equal (none: both are 1). M / m
+# is all that STAR adds: flow-grpo has the same w_t and A alone. What follows bounds how far one
+# sampling round may carry it. As M >= 0, the sign of M_p A is the image's own, so PPO's pessimistic
+# min clips each region on the side that A says, and M only scales it. What is clipped is --ratio's
+# choice:
 #   region  rho_p = exp(l_p - l_p_old), each region's own. l_p is a mean over 64 numbers, the
 #           image's over 64 P. The variance of a mean of n independent numbers goes as 1 / n, so
 #           l_p - l_p_old spreads sqrt(P) times wider, and eps is widened by that: right for
 #           independent regions, generous where they drift together. (The default; BoxFlow-GRPO,
 #           arXiv 2606.06113, takes it with eps as it is.)
-#   image   rho_p = sg(r) exp(l_p - sg(l_p)), r = exp(mean_p(l_p - l_p_old)), sg: no gradient.
+#   image   rho_p = sg(rho) exp(l_p - sg(l_p)), rho = exp(mean_p(l_p - l_p_old)), sg: no gradient.
 #           Flow-GRPO's ratio in value, in Flow-GRPO's clip range, with a gradient for each region:
-#           -sum_p M_p A r grad l_p / P where the image is not clipped, 0 where it is; M = 1 *is*
+#           -sum_p M_p A rho grad l_p / P where the image is not clipped, 0 where it is; M = 1 *is*
 #           Flow-GRPO. (DenseFlow-GRPO's form.)
 
 
@@ -427,7 +438,9 @@ def group_advantages(rewards, group_size):
 def ratio_stats(log_ratio, clip_range):
     """Return statistics of rho (any shape): how far the policy moved from the one that sampled.
 
-    clip_high and clip_low are shares outside the range, on whichever side the sign of A clips.
+    clip_high and clip_low are the shares of rho above and below the range, whatever the sign of A:
+    PPO clips those above where A > 0 and those below where A < 0. approximate_kl is Flow-GRPO's;
+    as l is a mean over n numbers it is their KL / n^2, so compare it only at the same --ratio.
     """
     ratio = log_ratio.exp()
     return {
@@ -455,8 +468,8 @@ def star_objective(log_prob, old_log_prob, advantages, allocation, clip_range, r
 
         L = -mean_p min( rho_p M_p A, clip(rho_p, 1 - eps_p, 1 + eps_p) M_p A )
         ratio="region":  rho_p = exp(l_p - l_p_old),               eps_p = eps sqrt(P)
-        ratio="image":   rho_p = sg(r) exp(l_p - sg(l_p)),         eps_p = eps
-                         r     = exp(mean_p(l_p - l_p_old))
+        ratio="image":   rho_p = sg(rho) exp(l_p - sg(l_p)),       eps_p = eps
+                         rho   = exp(mean_p(l_p - l_p_old)),       sg: no gradient
 
     log_prob, old_log_prob, allocation [B, P]; advantages [B]; clip_range is eps, the image-level
     one (Flow-GRPO: 1e-4). Gradient flows through log_prob alone. Returns (loss scalar, stats: of
@@ -507,17 +520,17 @@ def kl_to_reference(mean, reference_mean, std, dt):
 
 
 def churn_step(latents, velocity, sigma, sigma_next, churn, noise):
-    """Return one Euler step that overshoots to r <= s = sigma_next and is noised back to exactly s.
+    """Return one Euler step that overshoots to low <= sigma_next and is noised back to sigma_next.
 
-        r  = s / (1 + g (1 - s))
-        y  = x + (r - sigma) v
-        x' = (y + r sqrt((1 + g)^2 - 1) eps) / (1 + g r)
+        low = sigma_next / (1 + g (1 - sigma_next))
+        y   = x + (low - sigma) v
+        x'  = (y + low sqrt((1 + g)^2 - 1) n) / (1 + g low)
 
-    y holds noise r and signal 1 - r; the division makes the signal 1 - s and the noise s. latents,
-    velocity, noise (eps, N(0, I)) [B, C, H, W]; churn is g >= 0. Returns [B, C, H, W]
-    fp32. g = 0 is the Euler step exactly, and so is the last one (s = 0). From sigma = s = 1 it
-    mixes a share of eps into pure noise: the start of one branch. Raises ValueError for a negative
-    g or a sigma that goes up.
+    y holds noise low and signal 1 - low; the division makes the noise sigma_next and the signal
+    1 - sigma_next. latents, velocity, noise (n, N(0, I)) [B, C, H, W]; churn is g >= 0. Returns
+    [B, C, H, W] fp32. g = 0 is the Euler step exactly, and so is the last one (sigma_next = 0).
+    From sigma = sigma_next = 1 it mixes a share of n into pure noise: the start of one branch.
+    Raises ValueError for a negative g or a sigma that goes up.
     """
     if churn < 0:
         raise ValueError(f"churn must be 0 or more, got {churn}")
@@ -563,13 +576,14 @@ def fdfo_objective(velocity, old_velocity, reward_difference, direction, clip_ra
         rho = exp(-<dv (dv + 2 d)>)       = exp(-<(v - v*)^2> + <d^2>) with v* = v_old - d
         L   = mean_B( -dR rho + |dR| / (2 eps) (rho - 1)^2 ),  at its best at rho = 1 + eps sign(dR)
 
-    v* has a minus because x_0 = x - sigma v: to bring x_0 up along d, v goes down.
+    v* has a minus because x_0 = x - sigma v: to bring x_0 up along d, v goes down. This rho is no
+    ratio of densities: it is 1 at v_old and grows as v comes nearer to v*.
 
     velocity, old_velocity, direction [B, C, H, W]; reward_difference [B]; clip_range is eps (0.03);
     < > the mean over C, H, W. Gradient flows through velocity alone. Returns (loss scalar, stats).
     """
-    difference = velocity.float() - old_velocity.detach().float()
-    log_ratio = -(difference * (difference + 2 * direction)).mean((1, 2, 3))
+    change = velocity.float() - old_velocity.detach().float()
+    log_ratio = -(change * (change + 2 * direction)).mean((1, 2, 3))
     ratio = log_ratio.exp()
     penalty = reward_difference.abs() / (2 * clip_range) * (ratio - 1) ** 2
     return (penalty - reward_difference * ratio).mean(), ratio_stats(log_ratio, clip_range)
@@ -616,12 +630,12 @@ def train_iteration(policy, reference, optimizer, prompts, reward, settings, ite
     history = []
     gradient_norms = []
     sampling_gaps = []
-    for number, step_batch in enumerate(assign_to_optimizer_steps(rollouts, settings, key)):
+    for update, step_batch in enumerate(assign_to_optimizer_steps(rollouts, settings, key)):
         for rollout, steps in step_batch:
             i = int(steps[0])  # all images' step; fdfo's differ, and its weights are all 1
             new, mean, std = replay_step(policy.transformer, rollout, steps, sigmas, settings)
             old = rollout.sampled(steps)
-            if number == 0:
+            if update == 0:
                 sampling_gaps.append(gap_to_sampling(new.detach(), old, rollout, steps, settings))
                 old = new.detach()
             loss, stats = objective(new, old, rollout, steps, settings)
@@ -704,10 +718,9 @@ def microbatches(count, settings, key=None):
 def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture=False, copies=0):
     """Sample one microbatch; return (Rollout, images [B, 3, h, w] uint8 on the CPU).
 
-    Image `row` is copy row % copies of prompt row // copies (copies: by default the group's). key:
-    what its noise depends on besides (prompt, copy): (seed, iteration). The first noisy_steps are
-    stochastic and may be trained on, the rest are Euler's. With `capture` the attention to the core
-    is read at every step, averaged over blocks.
+    Image `row` is copy row % copies of prompt row // copies (copies: by default the group's). Its
+    noise is a function of these two and of key, (seed, iteration). The first noisy_steps steps are
+    noisy and may train, the others are Euler's; `capture` reads the attention at every step.
     """
     copies = copies or settings.group_size
     transformer = policy.transformer
@@ -721,45 +734,46 @@ def sample(policy, encoded, rows, settings, sigmas, key, noisy_steps=0, capture=
     if settings.fdfo and noisy_steps:
         churn = settings.churn or 0.1 / settings.sampling_steps
     noise = []
-    for prompt, number in zip(prompt_rows.tolist(), (rows % copies).tolist()):
-        noise.append(sample_noise(key, prompt, number, noisy_steps, policy.latent_shape, churn))
+    for row in rows.tolist():
+        place = divmod(row, copies)  # the prompt's row, and which of its copies
+        noise.append(sample_noise(key, *place, noisy_steps, policy.latent_shape, churn))
     noise = torch.stack(noise).to(policy.device)  # [B, 1 + noisy_steps, C, H, W]
 
     rollout = Rollout(rows, encoded, text_rows)
     trajectory = [noise[:, 0]]
-    old = []
+    recorded = []  # what rollout.sampled gives: each noisy step's log-density, or fdfo's velocity
     attention = []
     blocks = settings.blocks if capture else ()
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         latents = trajectory[-1]
-        with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as maps:
+        with capture_attention(transformer, core_mask, blocks, settings.attention_hops) as found:
             sigma_of_each = torch.full(rows.shape, sigma)
             velocity = predict_velocity(
                 transformer, latents, sigma_of_each, rollout.text(), settings.guidance
             )
-        if maps:
-            attention.append(torch.stack(maps).mean(0))
+        if found:
+            attention.append(torch.stack(found).mean(0))  # over the blocks
         if i >= noisy_steps:
             latents, _ = sde_mean_std(latents, velocity, sigma, sigma_next, sigmas[1], 0.0)
         elif settings.fdfo:
             latents = churn_step(latents, velocity, sigma, sigma_next, churn, noise[:, i + 1])
-            old.append(velocity)
+            recorded.append(velocity)
         else:
             mean, std = sde_mean_std(
                 latents, velocity, sigma, sigma_next, sigmas[1], settings.noise_level
             )
             latents = mean + std * noise[:, i + 1]
-            old.append(token_log_prob(latents, mean, std, transformer.config.patch_size))
+            recorded.append(token_log_prob(latents, mean, std, transformer.config.patch_size))
         trajectory.append(latents)
 
     kept_steps = noisy_steps or len(sigmas) - 1
     rollout.latents = torch.stack(trajectory[: kept_steps + 1])
     if attention:
         rollout.attention = torch.stack(attention)
-    if old and settings.fdfo:
-        rollout.velocity = torch.stack(old)
-    elif old:
-        rollout.log_prob = torch.stack(old)
+    if recorded and settings.fdfo:
+        rollout.velocity = torch.stack(recorded)
+    elif recorded:
+        rollout.log_prob = torch.stack(recorded)
     return rollout, policy.decode(latents)
 
 
@@ -773,15 +787,16 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # 63 bits
 
 
-def sample_noise(key, prompt, copy_number, noisy_steps, shape, churn=0.0):
+def sample_noise(key, prompt_row, copy_number, noisy_steps, shape, churn=0.0):
     """Return one trajectory's noise [1 + noisy_steps, *shape]: its start, then each noisy step's.
 
     With churn, copies 2k and 2k + 1 of a prompt start from the same noise but for FDFO's first
     re-noising.
     """
-    noise = torch.randn(1 + noisy_steps, *shape, generator=generator(*key, prompt, copy_number))
+    noise = torch.randn(1 + noisy_steps, *shape, generator=generator(*key, prompt_row, copy_number))
     if churn:
-        shared = torch.randn(shape, generator=generator(*key, prompt, "pair", copy_number // 2))
+        pair = generator(*key, prompt_row, "pair", copy_number // 2)
+        shared = torch.randn(shape, generator=pair)
         noise[0] = churn_step(shared, torch.zeros(shape), 1.0, 1.0, churn, noise[0])
     return noise
 
@@ -789,7 +804,8 @@ def sample_noise(key, prompt, copy_number, noisy_steps, shape, churn=0.0):
 def predict_velocity(transformer, latents, sigma, text, guidance):
     """Return v [B, C, H, W] fp32. sigma [B]; text: a Rollout's text().
 
-    With guidance g > 1, v = v_empty + g (v_prompt - v_empty), from the two halves of one batch.
+    With guidance above 1, v = v_empty + guidance (v_prompt - v_empty), from the two halves of one
+    batch.
     """
     embeddings, pooled = text
     hidden = latents.to(transformer.dtype)
@@ -835,6 +851,7 @@ def compare(rollouts, rewards, settings):
         device = rollout.latents.device
         if settings.fdfo:
             pair_rewards = rewards[rollout.rows].to(device)
+            # All of fdfo's steps train (K = T), so its last latents are x_0.
             difference, direction = fdfo_direction(rollout.latents[-1], pair_rewards)
             rollout.reward_difference = difference
             rollout.direction = direction
@@ -864,12 +881,12 @@ def assign_to_optimizer_steps(rollouts, settings, key):
             for row in rollout.rows.tolist():
                 orders.append(torch.randperm(trained, generator=generator(*key, "deal", row)))
             for place, steps in enumerate(torch.stack(orders, dim=1)):
-                number = place * len(optimizer_steps) // trained
-                optimizer_steps[number].append((rollout, steps))
+                assigned = optimizer_steps[place * len(optimizer_steps) // trained]
+                assigned.append((rollout, steps))
         else:
-            number = index * len(optimizer_steps) // len(rollouts)
+            assigned = optimizer_steps[index * len(optimizer_steps) // len(rollouts)]
             for i in range(trained):
-                optimizer_steps[number].append((rollout, torch.full_like(rollout.rows, i)))
+                assigned.append((rollout, torch.full_like(rollout.rows, i)))
     return optimizer_steps
 
 
@@ -926,7 +943,8 @@ def gap_to_sampling(new, old, rollout, steps, settings):
 def summary(rewards, history, sampling_gaps, gradient_norms):
     """Return columns of metrics.jsonl, over all processes; README.md explains them.
 
-    Raises RunStopped if no optimizer step was taken.
+    They are means over all updates, the first of which has rho = 1; ratio_deviation alone is the
+    gap to sampling before that. Raises RunStopped if no optimizer step was taken.
     """
     all_history = []
     all_gaps = []
@@ -994,7 +1012,8 @@ class Settings:
     allocation_strength: float = setting(
         1.0, "lambda: 0 gives uniform maps, 1 the attention's alone", 0, 1, ("star",)
     )
-    # Seg4Diff (2509.18096): of SD3.5's blocks 0 to 23, block 9 localises best.
+    # Seg4Diff (2509.18096): of SD3.5's blocks 0 to 23, block 9 localises best. Not star's alone:
+    # maps_before.png and maps_after.png are drawn with every method.
     attention_blocks: str = setting("9", "joint blocks to read, e.g. 9 or 8,9,10")
     attention_steps: Literal["own", "later"] = setting(
         "later",
@@ -1043,7 +1062,7 @@ class Settings:
     )
     sampling_steps: int = setting(10, "denoising steps of a rollout", 3)
     noise_level: float = setting(0.7, "a of the SDE: how much a step explores", 1e-3, 2, GRPO)
-    churn: float = setting(0.0, "g: share of fresh noise a step; 0: 0.1 / steps", 0, 1, ("fdfo",))
+    churn: float = setting(0.0, "g of churn_step; 0: 0.1 / steps", 0, 1, ("fdfo",))
     eval_every: int = free_setting(50, "iterations between evaluations on the test prompts", 1)
     eval_steps: int = setting(40, "denoising steps of evaluation's deterministic sampler", 1)
     # Ours: all of GenEval's 2,212 images at every evaluation would take a fifth of the run.
@@ -1093,9 +1112,10 @@ class Settings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 FILES = ("train_prompts", "test_prompts", "transformer", "reward_model")  # settings that name files
+NO_DEFAULTS = ("task", "method", "model", "transformer", "out", "resume")  # not for a star.json
 
-# Later layers win: the task's, the model folder's for all, the method's, then the folder's for the
-# task and for the method, and last what the command line says.
+# Later layers win: the task's, the model folder's for all and for the task, the method's, the
+# folder's for the method, and last what the command line says.
 PRESETS = {
     "all": {},
     "task": {
@@ -1151,7 +1171,9 @@ def flag(name):
 def model_path(model):
     """Return where a model is: an embedded one's folder under assets/, else as it was named."""
     embedded = ROOT / "assets" / model
-    return str(embedded) if model and embedded.is_dir() else model
+    if (embedded / "model_index.json").is_file():
+        return str(embedded)
+    return model
 
 
 def model_defaults(model):
@@ -1166,10 +1188,19 @@ def model_defaults(model):
     try:
         layers |= json.loads(path.read_text())
         need(layers.keys() == PRESETS.keys(), f"has other layers than {', '.join(PRESETS)}")
+        hints = get_type_hints(Settings)
+        for kind in ("task", "method"):
+            for name in layers[kind]:
+                need(name in get_args(hints[kind]), f"{name} is no {kind}")
         for values in (layers["all"], *layers["task"].values(), *layers["method"].values()):
-            Settings(**values)  # a TypeError for what is not a setting
-            for name in values.keys() & set(FILES):
-                values[name] = movable(str((path.parent / values[name]).resolve()))
+            for name, value in values.items():
+                need(name in FIELDS, f"{name} is no setting")
+                need(name not in NO_DEFAULTS, f"{name} is not the model's to set")
+                check_value(name, value)
+                if name in FILES:
+                    values[name] = movable(str((path.parent / value).resolve()))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
     except Exception as error:  # no JSON, or not of this shape
         raise BadInput(f"{path}: {one_line(error)}") from error
     return layers
@@ -1220,8 +1251,8 @@ def parse_settings(arguments=None):
     task = given.get("task", Settings.task)
     method = given.get("method", Settings.method)
     own = model_defaults(given["model"])
-    values = PRESETS["task"].get(task, {}) | own["all"] | PRESETS["method"].get(method, {})
-    values |= own["task"].get(task, {}) | own["method"].get(method, {}) | given
+    values = PRESETS["task"].get(task, {}) | own["all"] | own["task"].get(task, {})
+    values |= PRESETS["method"].get(method, {}) | own["method"].get(method, {}) | given
     settings = Settings(**values)
     if not settings.out:
         run = f"{settings.task}-{Path(settings.model).name}-{settings.method}"
@@ -1262,13 +1293,6 @@ def file_digests(settings):
     return digests
 
 
-def saved_config(out):
-    """Return (settings, file digests) of a run folder. Raises whatever is wrong with its config."""
-    config = json.loads((out / "config.json").read_text())
-    Settings(**config["settings"])
-    return config["settings"], config["files"]
-
-
 def resumed(given):
     """Return the settings of the run that --resume goes on with, and those given now."""
     out = Path(given.get("out", ""))
@@ -1277,7 +1301,10 @@ def resumed(given):
         need(saved, "--resume: no run with a checkpoint under runs/; name its folder with --out")
         out = saved.parent
     try:
-        settings, digests = saved_config(out)
+        config = json.loads((out / "config.json").read_text())
+        settings = config["settings"]
+        digests = config["files"]
+        Settings(**settings)  # a TypeError for what is not a setting
     except Exception as error:  # no file, no JSON, other settings
         raise BadInput(f"--resume: there is no run in {out} ({one_line(error)})") from error
     changed = []
@@ -1297,20 +1324,26 @@ def resumed(given):
     return settings | given | {"out": str(out)}
 
 
+def check_value(name, value):
+    """Raise BadInput unless the value is one that the setting can have."""
+    kind = get_type_hints(Settings)[name]
+    choices = get_args(kind)
+    if choices:
+        need(value in choices, f"{flag(name)} {value}: one of {', '.join(choices)}")
+        return
+    kinds = (int, float) if kind is float else kind
+    need(isinstance(value, kinds), f"{flag(name)} {value}: must be {kind.__name__}")
+    if kind in (int, float):
+        low = FIELDS[name].metadata["low"]
+        high = FIELDS[name].metadata["high"]
+        need(low <= value <= high, f"{flag(name)} {value}: must lie in [{low}, {high}]")
+
+
 def check_settings(settings, given):
     """Raise BadInput for a value, or a combination, that would go wrong late or unnoticed."""
-    hints = get_type_hints(Settings)
     for name, field in FIELDS.items():
-        value = getattr(settings, name)
-        low, high, methods = (field.metadata[key] for key in ("low", "high", "methods"))
-        choices = get_args(hints[name])
-        if choices:
-            need(value in choices, f"{flag(name)} {value}: one of {', '.join(choices)}")
-        else:
-            kinds = (int, float) if hints[name] is float else hints[name]
-            need(isinstance(value, kinds), f"{flag(name)} {value}: must be {hints[name].__name__}")
-        if hints[name] in (int, float):
-            need(low <= value <= high, f"{flag(name)} {value}: must lie in [{low}, {high}]")
+        check_value(name, getattr(settings, name))
+        methods = field.metadata["methods"]
         if name in given and methods and not settings.resume:
             need(
                 settings.method in methods,
@@ -1339,6 +1372,7 @@ def check_settings(settings, given):
         not settings.fdfo or (settings.group_size % 2 == 0 and settings.batch_size % 2 == 0),
         "--group-size and --batch-size must be even: fdfo compares pairs of images",
     )
+    need(not settings.fdfo or settings.kl == 0, f"--kl {settings.kl}: fdfo's steps have no density")
     need(
         not settings.fdfo or settings.optimizer_steps <= steps,
         "--optimizer-steps may be at most --sampling-steps with fdfo",
@@ -1358,17 +1392,15 @@ def check_settings(settings, given):
 
 
 def need_free_folder(out):
-    """Raise BadInput for a folder in which a new run would overwrite something.
-
-    A run that ended before its first evaluation left its settings alone: they may go.
-    """
+    """Raise BadInput for a folder in which a new run would overwrite something, or cannot write."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    need(
+        existing.is_dir() and os.access(existing, os.W_OK),
+        f"--out {out}: {existing} is no folder to write in",
+    )
     names = "config.json metrics.jsonl checkpoints transformer".split()
     names += "maps_before.png maps_after.png test_before.png test_after.png".split()
     taken = [name for name in names if (out / name).exists()]
-    if taken == ["config.json"]:
-        with contextlib.suppress(Exception):
-            saved_config(out)
-            return
     need(
         not taken,
         f"--out {out} holds another run ({', '.join(taken)}); name a new folder, or --resume it",
@@ -1433,7 +1465,7 @@ class Policy:
         CLIP's come first, then T5's. No row is empty: where truncation has cut the core content
         off, the content tokens that are left stand in, with a warning.
         """
-        segments = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
+        segments = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]  # both CLIPs'
         has_t5 = self.pipe.text_encoder_3 is not None
         if has_t5:
             segments.append((self.pipe.tokenizer_3, self.settings.t5_length))
@@ -1479,18 +1511,12 @@ class Policy:
 
 
 @contextlib.contextmanager
-def model_errors(settings):
+def load_errors(what, path=""):
     """Turn whatever a loader says of what is not there, not whole or another into BadInput."""
     try:
         yield
-    except BadInput:
-        raise
     except Exception as error:
-        what = f"--model {settings.model}"
-        if settings.transformer:
-            what += f" --transformer {settings.transformer}"
-        remedy = load_remedy(model_path(settings.model), error)
-        raise BadInput(f"{what}: {one_line(error)}{remedy}") from error
+        raise BadInput(f"{what}: {one_line(error)}{load_remedy(path, error)}") from error
 
 
 def check_model(settings):
@@ -1498,7 +1524,11 @@ def check_model(settings):
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     path = model_path(settings.model)
-    with model_errors(settings):
+    need(
+        Path(path).is_dir() or path.count("/") == 1,
+        f"--model {path}: neither a folder nor the hub's owner/name",
+    )
+    with load_errors(f"--model {settings.model}", path):
         config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
         vae_config = AutoencoderKL.load_config(path, subfolder="vae")
     depth = config["num_layers"]
@@ -1526,20 +1556,20 @@ def load_policy(settings, device):
     parts = {}
     if settings.t5_length == 0:
         parts = {"text_encoder_3": None, "tokenizer_3": None}
-    with model_errors(settings):
-        weights = None
-        if settings.transformer:
+    weights = None
+    if settings.transformer:
+        with load_errors(f"--transformer {settings.transformer}"):
             weights = load_file(transformer_file(settings))
+    path = model_path(settings.model)
+    with load_errors(f"--model {settings.model}", path):
         pipe = StableDiffusion3Pipeline.from_pretrained(
-            model_path(settings.model),
-            dtype={"default": dtype, "vae": torch.float32},
-            use_safetensors=True,
-            **parts,
+            path, dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **parts
         )
-        if weights:
-            pipe.transformer.load_state_dict(weights)
         check_vocabulary(pipe.tokenizer, pipe.text_encoder.config)
         check_vocabulary(pipe.tokenizer_2, pipe.text_encoder_2.config)
+    if settings.transformer:
+        with load_errors(f"--transformer {settings.transformer}"):
+            pipe.transformer.load_state_dict(weights)
     if settings.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     return Policy(pipe, settings, device)
@@ -1555,11 +1585,11 @@ def load_remedy(path, error):
     """Return what to do about a model that did not load, where that is known, else nothing."""
     from huggingface_hub.errors import GatedRepoError
 
-    if Path(path).is_relative_to(ROOT):
+    if Path(path).is_relative_to(ROOT / "assets"):
         return f" (`git checkout {Path(path).relative_to(ROOT)}` brings back what ships)"
     while error is not None:
         if isinstance(error, GatedRepoError):
-            return f" (accept its licence at https://huggingface.co/{SD35}, then `hf auth login`)"
+            return f" (accept its licence at https://huggingface.co/{path}, then `hf auth login`)"
         error = error.__cause__ or error.__context__
     return ""
 
@@ -1592,8 +1622,9 @@ def load_prompts(path, task):
     prompts = []
     where = f"prompt file {path}"
     try:
-        for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1):
-            where = f"prompt file {path}, line {number}"
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        for line_number, line in enumerate(lines, 1):
+            where = f"prompt file {path}, line {line_number}"
             if not line.strip():
                 continue
             prompt = Prompt(line.strip())
@@ -1645,14 +1676,15 @@ def stratified_subset(prompts, count):
 
 def note_strange_words(settings, prompts):
     """Print a note on words that a model with train prompts of its own was not trained on."""
-    own = model_defaults(settings.model)["task"].get(settings.task, {}).get("train_prompts")
-    if not own:
+    defaults = model_defaults(settings.model)["task"].get(settings.task, {})
+    if "train_prompts" not in defaults:
         return
 
     def words(prompts):
         return set(re.findall(r"\b[a-z]+\b", " ".join(prompt.text for prompt in prompts)))
 
-    strange = words(prompts) - words(load_prompts(own, settings.task))
+    known = load_prompts(defaults["train_prompts"], settings.task)
+    strange = words(prompts) - words(known)
     if strange:
         print(f"note: --model {settings.model} was not trained on these words:", *sorted(strange))
 
@@ -1740,8 +1772,12 @@ def relations(box, other):
     GenEval's rule: along that axis the centres lie apart by more than half their distance, after a
     tenth of both boxes' extents is taken off.
     """
-    x, y = ((box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1))  # y points down
-    slack_x, slack_y = (0.1 * (box[i + 2] - box[i] + other[i + 2] - other[i]) for i in (0, 1))
+    left, top, right, bottom = box
+    other_left, other_top, other_right, other_bottom = other
+    x = (left + right - other_left - other_right) / 2
+    y = (top + bottom - other_top - other_bottom) / 2  # y points down
+    slack_x = 0.1 * (right - left + other_right - other_left)
+    slack_y = 0.1 * (bottom - top + other_bottom - other_top)
     shifts = (-x - slack_x, x - slack_x, -y - slack_y, y - slack_y)
     least = math.hypot(x, y) / 2
     return {word for word, shift in zip(GENEVAL_RELATIONS, shifts) if shift > least}
@@ -1749,12 +1785,13 @@ def relations(box, other):
 
 def all_placed(relation, objects, others):
     """Return whether the relation holds between each object and each other, and there are some."""
-    held = [relation in relations(one.box, other.box) for one in objects for other in others]
+    pairs = product(objects, others)
+    held = [relation in relations(first.box, second.box) for first, second in pairs]
     return bool(held) and all(held)
 
 
 def count_colour(objects, colour):
-    return sum(one.colour == colour for one in objects)
+    return sum(detection.colour == colour for detection in objects)
 
 
 def geneval_scores(metadata, detections):
@@ -1766,8 +1803,8 @@ def geneval_scores(metadata, detections):
     threshold = 0.9 if metadata["tag"] == "counting" else 0.3
     found = {}
     for name, objects in detections.items():
-        objects = [one for one in objects if one.confidence > threshold]
-        found[name] = sorted(objects, key=lambda one: one.confidence, reverse=True)[:16]
+        sure = [detection for detection in objects if detection.confidence > threshold]
+        found[name] = sorted(sure, key=lambda detection: detection.confidence, reverse=True)[:16]
     return geneval_reward(metadata, found), geneval_verdict(metadata, found)
 
 
@@ -1799,7 +1836,7 @@ def geneval_reward(metadata, found):
             satisfied = all_placed(relation, objects, satisfying[index])
             if not satisfied:
                 terms.append(0.0)
-            if satisfying[index]:
+            if satisfying[index]:  # also beside that 0, as in Flow-GRPO's server
                 terms.append(1.0)
         satisfying.append(objects if satisfied else [])
     return sum(terms) / len(terms)
@@ -2061,7 +2098,8 @@ def scene_statistics(images):
     return torch.stack([(across + down) / 2, entropy], dim=1)
 
 
-# The key of evaluation's noise: the same images' worth of luck every time, in every run.
+# The key of evaluation's noise: the same luck every time and in every run, for the same prompts in
+# the same places.
 EVALUATION_KEY = ("evaluation",)
 
 
@@ -2095,12 +2133,12 @@ def evaluate(policy, prompts, reward, settings):
         columns["eval_score"] = score_mean
     if settings.task == "geneval":
         tags = [prompt.metadata["tag"] for prompt in prompts for _ in range(copies)]
-        shares = {}
+        by_tag = {}
         for tag in sorted(set(tags), key=GENEVAL_TAGS.index):
-            own = torch.tensor([one == tag for one in tags])
-            shares[f"eval_{tag}"] = scores[own, 1].nanmean().item()
-        columns["eval_score"] = sum(shares.values()) / len(shares)  # over tags: GenEval's overall
-        columns |= shares
+            tagged = torch.tensor([image_tag == tag for image_tag in tags])
+            by_tag[f"eval_{tag}"] = scores[tagged, 1].nanmean().item()
+        columns["eval_score"] = sum(by_tag.values()) / len(by_tag)  # over tags: GenEval's overall
+        columns |= by_tag
     edges, colours = of_all_processes(statistics).mean(0).tolist()
     columns["eval_edges"] = edges
     columns["eval_colours"] = colours
@@ -2192,7 +2230,7 @@ class MasterAdamW:
             self.masters.append(master)
             # Nothing of an earlier training may leak into the first step.
             parameter.grad = None
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = torch.float32  # torch's own attribute: what autograd adds up in
         self.optimizer = torch.optim.AdamW(
             self.masters or [torch.zeros(0)],  # scoring alone has none, and AdamW wants one
             lr=learning_rate,
@@ -2339,9 +2377,9 @@ def save_checkpoint(folder, done, optimizer, metrics):
     state = optimizer.state()
     write_aside(folder / f"{done:06d}.safetensors", lambda part: stream(part, state, metrics))
     found = checkpoints(folder.parent)
-    kept = [number for number in found if number <= done][:2]
-    for number in found.keys() - kept:
-        found[number].unlink()
+    kept = [iterations for iterations in found if iterations <= done][:2]
+    for iterations in found.keys() - kept:
+        found[iterations].unlink()
 
 
 def stream(path, tensors, metrics):
@@ -2474,9 +2512,9 @@ def train(settings):
         return train_policy(policy, train_prompts, test_prompts, reward, settings, stop)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        remedy = "nothing is trained yet: the same command starts again"
-        if checkpoints(out):
-            remedy = f"--resume --out {out} goes on from its last checkpoint"
+        remedy = "nothing is done yet: the same command starts again"
+        if (out / "config.json").exists():
+            remedy = f"--resume --out {out} goes on"
         raise RunStopped(f"interrupted; {remedy}", 128 + number) from error
     except torch.OutOfMemoryError as error:
         raise RunStopped(
@@ -2495,11 +2533,11 @@ def train_policy(policy, train_prompts, test_prompts, reward, settings, stop):
     last = settings.iterations
     reference = None
     if settings.kl > 0 and last > 0:
-        # Frozen, so that autograd keeps nothing of its forward passes.
+        # Frozen for autograd; before a resume loads its checkpoint, so it is the starting model's.
         reference = copy.deepcopy(transformer).requires_grad_(False)
-    trained = transformer.parameters() if last > 0 or settings.resume else ()
+    parameters = transformer.parameters() if last > 0 or settings.resume else ()
     optimizer_device = "cpu" if settings.optimizer_device == "cpu" else None
-    optimizer = MasterAdamW(trained, settings.learning_rate, optimizer_device)
+    optimizer = MasterAdamW(parameters, settings.learning_rate, optimizer_device)
     run = RunFolder(settings, optimizer)
     print_plan(settings, optimizer)
 
@@ -2585,6 +2623,8 @@ def main():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
     # transformers would warn that torchvision, unneeded here, is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers gives this to the hub's library, which no longer wants it.
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks")
     try:
         sys.exit(train(parse_settings()))
     except BadInput as error:

@@ -1022,7 +1022,7 @@ def test_after_the_sde_window_the_steps_are_eulers_and_only_the_windows_are_kept
     policy, settings = mini("--sampling-steps 10 --sde-window 4 --optimizer-steps 1 --batch-size 8")
     monkeypatch.setattr(policy, "decode", lambda latents: latents)
     given = (policy, policy.encode(PROMPTS), torch.arange(8), settings, policy.sigmas(10))
-    rollout, final = star.sample(*given, (0, 1), 4, 10)
+    rollout, final = star.sample(*given, (0, 1), noisy_steps=4, capture=True)
     tokens = policy.latent_shape[1] * policy.latent_shape[2] // 4
     assert rollout.latents.shape == (5, 8, *policy.latent_shape)
     assert rollout.log_prob.shape == (4, 8, tokens)
@@ -1253,7 +1253,7 @@ def test_every_method_learns_to_make_images_brighter_or_darker(mini, arguments):
 
 
 def naive_forward(transformer, latents, sigma, text, pooled, blocks=()):
-    """One image, one text, one forward pass: (v [C, H, W], {(block, name): queries or keys})."""
+    """Return (v [C, H, W], {(block, name): queries or keys}) of one image, one text, one pass."""
     kept = {}
     hooks = []
     for block in blocks:
@@ -1277,9 +1277,9 @@ def naive_forward(transformer, latents, sigma, text, pooled, blocks=()):
 
 
 def naive_attention(kept, blocks, core, hops):
-    """S [P] of one image: the softmax over all keys as one full matrix, its core columns summed.
-    Every hop carries it on by the softmax over the image's own keys. A mean over heads and
-    blocks."""
+    """Return S [P] of one image, a mean over heads and blocks: the softmax over all keys as one
+    full matrix, its core columns summed. Every hop carries it on by the softmax over the image's
+    own keys."""
     maps = []
     for block in blocks:
         query = kept[block, "norm_q"]
@@ -1311,7 +1311,7 @@ def naive_maps(attention, settings):
 
 
 def naive_step(latents, velocity, sigma, after, sigma_1, noise_level):
-    """(mean, std, s) of the SDE's step: the flow's way, and half the noise's variance uphill."""
+    """Return (mean, std, s) of the SDE's step: the flow's, and half the noise's variance uphill."""
     lasts = sigma - after
     s = noise_level * math.sqrt(sigma / (1 - min(sigma, sigma_1)))
     score = -(latents + (1 - sigma) * velocity) / sigma
@@ -1359,8 +1359,9 @@ def naive_advantages(rewards, group_size):
 
 
 def naive_loss(log_prob, old, advantage, allocation, settings, clipped):
-    """The objective of one image at one step, but for a constant where a ratio is clipped; which
-    were is appended to `clipped`."""
+    """Return the objective of one image at one step, but for a constant where a ratio is clipped.
+
+    Which ratios were is appended to `clipped`."""
     loss = 0.0
     image_log_ratio = sum((log_prob - old).tolist()) / len(old)
     for region, share in enumerate(allocation.tolist()):
@@ -2026,7 +2027,10 @@ def test_bad_geneval_lines(tmp_path, change, message):
         ("--no-such-flag 3", "unrecognized arguments: --no-such-flag 3"),
         ("--attention-blocks 99", "--attention-blocks 99: the model has 0.."),
         ("--resolution 4096", "--resolution 4096: the model knows up to"),
-        ("--model no/such/folder", "--model no/such/folder: "),
+        ("--model no/such/folder", "--model no/such/folder: neither a folder nor the hub's "),
+        ("--model tiney", "--model tiney: neither a folder nor the hub's "),
+        ("--model no/such", "--model no/such: "),
+        ("--transformer no/such", "--transformer no/such: "),
         ("--train-prompts missing.txt", "prompt file missing.txt: "),
         ("--reward-model clip", "--reward-model: the ocr reward takes none"),
         ("--task pickscore --reward-model {used}", "cannot be loaded"),
@@ -2050,17 +2054,21 @@ def test_bad_settings_end_with_one_line_and_status_2_before_any_work(
     monkeypatch.setattr(sys, "argv", ["star.py", *given])
     with pytest.raises(SystemExit) as stop:
         star.main()
-    last = capsys.readouterr().err.splitlines()[-1]
+    printed = capsys.readouterr().err
     assert stop.value.code == 2
-    assert last.startswith("star.py: error: ") and message in last
+    assert printed.startswith("star.py: error: ") and message in printed
+    assert printed.endswith("\n") and printed.count("\n") == 1  # no bar, no warning of a library
 
 
 def test_a_model_folders_own_defaults_and_what_goes_before_them(tmp_path, monkeypatch):
-    """Later layers win: the task's, the folder's for all, the method's, the folder's for the task
-    and for the method, the command line's."""
+    """Later layers win: the task's, the folder's for all and for the task, the method's, the
+    folder's for the method, the command line's."""
     layers = {
         "all": {"kl": 0.3, "guidance": 2.0, "clip_range": 0.5, "group_size": 8},
-        "task": {"pickscore": {"seed": 5, "reward_model": "my/clip"}},
+        "task": {
+            "pickscore": {"seed": 5, "reward_model": "my/clip"},
+            "ocr": {"clip_range": 0.4, "kl": 0.2},
+        },
         "method": {"fdfo": {"guidance": 3.0, "learning_rate": 1e-3}},
     }
     folder = tmp_path / "fdfo"  # A model of a method's name does not take that method's layer.
@@ -2075,32 +2083,61 @@ def test_a_model_folders_own_defaults_and_what_goes_before_them(tmp_path, monkey
     assert (ours.kl, ours.guidance, ours.clip_range) == (0.3, 2.0, 0.5)
     assert (ours.seed, ours.method, ours.optimizer_steps) == (5, "star", 2)
     assert ours.reward_model == str(folder / "my/clip")  # relative to the model's folder
+    assert (settings("").kl, settings("").clip_range) == (0.2, 0.4)
     theirs = settings("--method fdfo --learning-rate 1e-2 --group-size 4")
     assert (theirs.kl, theirs.clip_range, theirs.optimizer_steps) == (0.0, 0.03, 4)
     assert (theirs.guidance, theirs.learning_rate, theirs.group_size) == (3.0, 1e-2, 4)
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, message",
     [
-        "{",
-        "[1]",
-        '{"every": {}}',
-        '{"all": {"colour": 1}}',
-        '{"method": {"star": {"colour": 1}}}',
-        '{"all": {"kl": "much"}}',
-        '{"all": {"kl": -1}}',
+        ("{", "JSON"),
+        ("[1]", ""),
+        ('{"every": {}}', "other layers than all, task, method"),
+        ('{"task": {"orc": {"kl": 0.5}}}', "orc is no task"),
+        ('{"method": {"flowgrpo": {"kl": 0.5}}}', "flowgrpo is no method"),
+        ('{"all": {"colour": 1}}', "colour is no setting"),
+        ('{"method": {"star": {"colour": 1}}}', "colour is no setting"),
+        ('{"all": {"kl": "much"}}', "--kl much: must be float"),
+        ('{"all": {"kl": -1}}', "--kl -1: must lie in"),
+        ('{"task": {"pickscore": {"ratio": "none"}}}', "--ratio none: one of region, image"),
+        ('{"all": {"method": "fdfo"}}', "method is not the model's to set"),
+        ('{"all": {"resume": true}}', "resume is not the model's to set"),
     ],
 )
-def test_a_model_folders_defaults_that_are_none(tmp_path, content):
-    (tmp_path / "star.json").write_text(content)
-    with pytest.raises(star.BadInput) as error:
+def test_a_model_folders_defaults_that_are_none(tmp_path, content, message):
+    """The line names the file, whatever the run's own task and method are."""
+    path = tmp_path / "star.json"
+    path.write_text(content)
+    with pytest.raises(star.BadInput, match=f"{path}: .*{message}") as error:
         star.parse_settings(["--model", str(tmp_path), "--iterations", "0"])
     assert "\n" not in str(error.value)
 
 
+def test_no_model_folder_gives_fdfo_a_kl(tmp_path):
+    (tmp_path / "star.json").write_text('{"method": {"fdfo": {"kl": 0.5}}}')
+    with pytest.raises(star.BadInput, match="--kl 0.5: fdfo's steps have no density"):
+        star.parse_settings(["--model", str(tmp_path), "--iterations", "0", "--method", "fdfo"])
+
+
+def test_only_a_model_under_assets_is_the_embedded_one(tmp_path, monkeypatch):
+    """assets/ has other folders, and a user's own may have their names."""
+    assert (ROOT / "assets/runs/default").is_dir()
+    assert star.model_path("runs/default") == "runs/default"
+    assert star.model_path("tiny") == str(TINY)
+
+
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "checkpoints", "transformer", "maps_before.png", "test_after.png"]
+    "name",
+    [
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "transformer",
+        "maps_before.png",
+        "test_after.png",
+    ],
 )
 def test_a_folder_that_a_run_would_write_over_is_refused(tmp_path, name):
     (tmp_path / name).write_text("")
@@ -2198,11 +2235,11 @@ def test_the_readmes_result_is_what_the_evidence_prints():
         assert ["10", mean, final] == ocr[arm][:3], arm
     hop = "one hop, later steps, block 2: not the step's own map of block 3"
     named = [
-        (ocr["star, not flow-grpo"][0], "star less flow-grpo, paired by seed: {} (SE {})"),
-        (ocr[hop][0], "is {} behind it (SE {})"),
-        (ocr["fdfo, not flow-grpo"][0], "behind in the mean, by {} (SE {}"),
-        (geneval["star, not flow-grpo"][0], "star less flow-grpo is {} (SE {}) in the reward"),
-        (geneval["star, not flow-grpo"][2], "looked at afterwards, {} (SE {})"),
+        (ocr["star, not flow-grpo"][1], "star less flow-grpo, paired by seed: {} (SE {})"),
+        (ocr[hop][1], "is {} behind it (SE {})"),
+        (ocr["fdfo, not flow-grpo"][1], "behind in the mean, by {} (SE {}"),
+        (geneval["star, not flow-grpo"][1], "star less flow-grpo is {} (SE {}) in the reward"),
+        (geneval["star, not flow-grpo"][4], "looked at afterwards, {} (SE {})"),
     ]
     for printed, sentence in named:
         difference, error = re.match(r"([+-][\d.]+) \(SE ([\d.]+)", printed).groups()
@@ -2467,24 +2504,46 @@ def test_pickled_weights_are_never_opened(base, tmp_path):
         star.load_policy(settings, "cpu")
 
 
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")
 def test_only_the_hubs_refusal_comes_with_how_to_get_the_licence(monkeypatch, offline):
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from huggingface_hub.errors import GatedRepoError
 
     gated = GatedRepoError.__new__(GatedRepoError)  # without the hub's response
 
     def refused(*_, **__):
-        raise OSError("you must be authenticated\nand more lines") from gated
+        try:
+            raise gated
+        except GatedRepoError:  # as diffusers does: another error, without `from`
+            raise OSError("you must be authenticated\nand more lines")  # noqa: B904
 
-    settings = star.parse_settings(["--model", star.SD35])
-    with monkeypatch.context() as context:
-        context.setattr(StableDiffusion3Pipeline, "from_pretrained", refused)
-        line = f"^--model {star.SD35}: .*authenticated .*accept its licence[^\n]*$"
-        with pytest.raises(star.BadInput, match=line):
-            star.load_policy(settings, "cpu")
-    with pytest.raises(star.BadInput, match="^--model no/such/folder: [^\n]*$") as error:
-        star.load_policy(dataclasses.replace(settings, model="no/such/folder"), "cpu")
-    assert "licence" not in str(error.value)
+    settings = star.parse_settings(["--model", "some/gated-model"])
+    line = "^--model some/gated-model: .*authenticated .*accept its licence at .*/some/gated-model,"
+    # A run reads the configuration first, then the weights.
+    for loader, load in (
+        (SD3Transformer2DModel, star.check_model),
+        (StableDiffusion3Pipeline, lambda settings: star.load_policy(settings, "cpu")),
+    ):
+        with monkeypatch.context() as context:
+            for name in ("load_config", "from_pretrained"):
+                context.setattr(loader, name, refused)
+            with pytest.raises(star.BadInput, match=line) as error:
+                load(settings)
+        assert "\n" not in str(error.value)
+        elsewhere = dataclasses.replace(settings, model="no/such")
+        with pytest.raises(star.BadInput, match="^--model no/such: [^\n]*$") as error:
+            load(elsewhere)
+        assert "licence" not in str(error.value) and "git checkout" not in str(error.value)
+
+
+def test_a_transformer_that_does_not_load_is_named_alone(tmp_path, offline):
+    """The embedded model is whole: nothing says how to bring it back."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    given = ["--model", "tiny", "--iterations", "0", "--transformer", str(folder)]
+    with pytest.raises(star.BadInput, match=f"^--transformer {folder}: [^\n]*$") as error:
+        star.load_policy(star.parse_settings(given), "cpu")
+    assert "git checkout" not in str(error.value)
 
 
 # --- a run that cannot be lost: resume, faults, several processes ---------------------------------
@@ -2531,15 +2590,16 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(short, 
 
 
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_goes_on(short):
-    """In the middle of the third iteration; as does a first one before training."""
+    """It comes in the middle of the third iteration; a first one before training does the same."""
     straight = outcome(short("", "straight")[1])
     with pytest.raises(star.RunStopped, match="interrupted; --resume --out .* goes on") as stop:
         short("", "run", signalled_at(21, 23))
     assert stop.value.status == 128 + signal.SIGTERM
     assert outcome(short("--resume")[1]) == straight
-    with pytest.raises(star.RunStopped, match="nothing is trained yet") as stop:
+    with pytest.raises(star.RunStopped, match="interrupted; --resume --out .* goes on") as stop:
         short("", "early", signalled_at(1))
     assert stop.value.status == 128 + signal.SIGTERM
+    assert outcome(short("--resume", "early")[1]) == straight
 
 
 def test_a_resume_notices_that_its_prompts_have_changed(short, tmp_path):

@@ -44,12 +44,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from scipy.stats import ttest_rel  # noqa: E402
-from why import STAGES, pixel_rule, region, signal, standard_error, why  # noqa: E402
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import ttest_rel
+from why import STAGES, pixel_rule, region, signal, standard_error, why
 
-import star  # noqa: E402
+import star
 
 IMAGES = 128  # an iteration
 
@@ -75,7 +75,7 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star-block-2": ("--attention-blocks 2", 5, None),  # ocr's default, for geneval's runs
     "star-own": (OWN, 10, None),
     "star-region": ("", 10, "region"),
-    "star-undivided": ("", 5, "undivided"),
+    "star-undivided": ("", 10, "undivided"),
     "star-better": (NO_HOP, 3, "better"),
     "star-shuffled": ("", 3, "shuffled"),
     "star-uniform": ("--allocation-strength 0", 3, None),
@@ -229,7 +229,7 @@ def start(jobs, given):
         if not (results(given) / name / "metrics.jsonl").exists():
             todo.append(known[name])
     # Two threads at once may not import it lazily.
-    from diffusers import StableDiffusion3Pipeline  # noqa: F401
+    from diffusers import StableDiffusion3Pipeline  # noqa: F401  (here, before the threads)
 
     # Two runs on two cores, a thread each, beat one on both.
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -411,20 +411,30 @@ def spread(values):
     return text
 
 
+def paired(measure, runs, others):
+    """[(a run's value, the other's of the same seed), ...] of the seeds that have both."""
+    pairs = [(measure(runs[seed]), measure(others[seed])) for seed in runs if seed in others]
+    return [pair for pair in pairs if None not in pair]
+
+
 def difference(measure, runs, others):
-    """Seed by seed: the mean difference, its standard error, n and the paired t test's p."""
-    seeds = [seed for seed in runs if seed in others]
-    seeds = [seed for seed in seeds if None not in (measure(runs[seed]), measure(others[seed]))]
-    if not seeds:
+    """Seed by seed: the mean difference and its standard error."""
+    pairs = paired(measure, runs, others)
+    if not pairs:
         return ""
-    values = [measure(runs[seed]) for seed in seeds]
-    reference = [measure(others[seed]) for seed in seeds]
-    apart = [one - other for one, other in zip(values, reference, strict=True)]
+    apart = [value - other for value, other in pairs]
     text = f"{statistics.mean(apart):+.3f}"
-    if not standard_error(apart):
-        return text + f" (n {len(apart)})"
-    p = ttest_rel(values, reference).pvalue
-    return text + f" (SE {standard_error(apart):.3f}, n {len(apart)}, p {max(p, 0.001):.3f})"
+    if len(apart) > 1:
+        text += f" (SE {standard_error(apart):.3f})"
+    return text
+
+
+def probability(measure, runs, others):
+    """The paired t test's p."""
+    pairs = paired(measure, runs, others)
+    if len(pairs) < 2:
+        return ""
+    return f"{max(ttest_rel(*zip(*pairs, strict=True)).pvalue, 0.001):.3f}"
 
 
 MEASURES = {  # after the mean: heading and column
@@ -461,11 +471,12 @@ def table(given):
         seconds = [line["seconds_sampling"] + line["seconds_update"] for line in trained]
         row(arm, len(runs), *columns, clipped(trained), f"{statistics.median(seconds):.1f}")
     print()
-    heading("difference, seed by seed", "mean", *names)
+    heading("difference, seed by seed", "n", "mean", "its p", *names)
     for change, (arm, without) in COMPARED.items():
         if arm in found and without in found:
-            pair = (found[arm], found[without])
-            row(change, *(difference(measure, *pair) for measure in measures))
+            arms = (found[arm], found[without])
+            mean, *others = (difference(measure, *arms) for measure in measures)
+            row(change, len(paired(area, *arms)), mean, probability(area, *arms), *others)
     print()
     some_run = next(iter(next(iter(found.values())).values()))
     steps = [step for step in curve(some_run) if step > 0]
@@ -713,6 +724,8 @@ def curves(given):
                 bands[arm] = band(runs.values())
         if bands:
             panels[given.task] = bands
+    if not panels:
+        sys.exit("no arm has three seeds yet")
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(sheet, "RGBA")
     font = ImageFont.load_default(size=26)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import star  # noqa: E402  (its own reward classes, prompts and evaluation)
+import star
 
 # --- scenes: what a picture shows -----------------------------------------------------------------
 # A scene is {"background": {...}, "objects": [{"class", "color", "rgb", "box"}],

@@ -30,11 +30,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-import star  # noqa: E402
+import star
 
 # --- where things are in a picture, without any network ------------------------------------------
 
