@@ -2237,6 +2237,7 @@ def test_the_readmes_result_is_what_the_evidence_prints():
     named = [
         (ocr["star, not flow-grpo"][1], "star less flow-grpo, paired by seed: {} (SE {})"),
         (ocr[hop][1], "is {} behind it (SE {})"),
+        (ocr["the map's places, not shuffled"][1], "shuffled it is {} behind (SE {}, five seeds)"),
         (ocr["fdfo, not flow-grpo"][1], "behind in the mean, by {} (SE {}"),
         (geneval["star, not flow-grpo"][1], "star less flow-grpo is {} (SE {}) in the reward"),
         (geneval["star, not flow-grpo"][4], "looked at afterwards, {} (SE {})"),

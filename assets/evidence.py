@@ -77,7 +77,7 @@ ARMS = {  # options beside the tiny model's defaults, number of seeds, hook
     "star-region": ("", 10, "region"),
     "star-undivided": ("", 10, "undivided"),
     "star-better": (NO_HOP, 3, "better"),
-    "star-shuffled": ("", 3, "shuffled"),
+    "star-shuffled": ("", 5, "shuffled"),
     "star-uniform": ("--allocation-strength 0", 3, None),
     "star-image": ("--ratio image", 3, None),
     "flow-grpo-published": ("--method flow-grpo --sde-window 9 --step-weights none", 3, None),
