@@ -208,27 +208,40 @@ def core_attention(attn, image_query, image_key, text_key, core_mask, hops=0):
     is never formed. Every channel of the value is the indicator, so any channel of the output is S.
     A hop has S as its value.
 
-    attn: diffusers Attention of an SD3 block; image_query, image_key [B', P, D], text_key
-    [B', N, D]: what its to_q, to_k and add_k_proj gave; core_mask [B, N] bool. With CFG, B' = 2B
-    and the conditional half comes last. Returns [B, P] fp32 in [0, 1].
+    attn: diffusers Attention of an SD3 block; image_query, image_key, text_key: what its
+    query_and_key_layers gave; core_mask [B, N] bool. With CFG, B' = 2B and the conditional half
+    comes last. Returns [B, P] fp32 in [0, 1].
     """
 
-    def split_heads(states, norm):  # [B', L, D] -> [B, heads, L, d], after SD3.5's RMS norm
-        states = states[-len(core_mask) :].unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        return states if norm is None else norm(states)
+    def by_head(states):  # [B', heads, L, d] or [B', L, D] -> [B, heads, L, d]
+        states = states[-len(core_mask) :]
+        if states.dim() == 3:
+            states = states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        return states
 
     def attend(query, key, value):  # value [B, L], the same in all heads and channels -> [B, P]
         value = value.to(key.dtype)[:, None, :, None].expand_as(key).contiguous()
         return F.scaled_dot_product_attention(query, key, value)[..., 0].float().mean(1)
 
-    query = split_heads(image_query, attn.norm_q)
-    image_key = split_heads(image_key, attn.norm_k)
-    text_key = split_heads(text_key, attn.norm_added_k)
+    query = by_head(image_query)
+    image_key = by_head(image_key)
+    text_key = by_head(text_key)
     indicator = F.pad(core_mask, (image_key.shape[2], 0))  # [B, P + N], image tokens first
     attention = attend(query, torch.cat([image_key, text_key], dim=2), indicator)
     for _ in range(hops):
         attention = attend(query, image_key, attention)
     return attention
+
+
+def query_and_key_layers(attn):
+    """Return the modules of an SD3 block's attention that give image queries, image and text keys.
+
+    In SD3.5 they are its RMS norms, [B', heads, L, d]; SD3 has none, so its projections,
+    [B', L, D].
+    """
+    if attn.norm_q is None:
+        return attn.to_q, attn.to_k, attn.add_k_proj
+    return attn.norm_q, attn.norm_k, attn.norm_added_k
 
 
 @contextlib.contextmanager
@@ -241,20 +254,20 @@ def capture_attention(transformer, core_mask, blocks, hops=0):
     after an exception. SD3.5's second attention (attn2) sees no text and is left alone.
     """
     captured = []
-    projected = {}  # a linear layer: what it gave last
+    kept = {}  # a layer: what it gave last
 
-    def keep(linear, _, output):
-        projected[linear] = output
+    def keep(layer, _, output):
+        kept[layer] = output
 
     def read(attn, *_):
-        states = (projected.pop(linear) for linear in (attn.to_q, attn.to_k, attn.add_k_proj))
+        states = (kept.pop(layer) for layer in query_and_key_layers(attn))
         captured.append(core_attention(attn, *states, core_mask, hops))
 
     with contextlib.ExitStack() as hooks:
         for block in blocks:
             attn = transformer.transformer_blocks[block].attn
-            for linear in (attn.to_q, attn.to_k, attn.add_k_proj):
-                hooks.enter_context(linear.register_forward_hook(keep))
+            for layer in query_and_key_layers(attn):
+                hooks.enter_context(layer.register_forward_hook(keep))
             hooks.enter_context(attn.register_forward_hook(read))
         yield captured
 

@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from hashlib import sha256
 from itertools import pairwise
@@ -40,6 +41,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tqdm.auto
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
@@ -2617,7 +2619,7 @@ def test_a_resume_notices_that_its_prompts_have_changed(short, tmp_path):
 def test_runs_killed_at_random_moments_end_bitwise_as_the_run_that_was_not(tmp_path):
     """Ten SIGKILLs at random moments, at least one each in sampling, update and saving."""
     command = [sys.executable, __file__, "kill", "10", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
     assert report["kills"] >= 10
@@ -3029,6 +3031,10 @@ def run_in_child(out, arguments, log):
     if child:
         return child
     torch.set_num_threads(1)  # A thread pool does not survive a fork; this makes it anew.
+    # The bars' own lock is shared with the other children, and one may have been killed with it.
+    lock = threading.RLock()
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(lock)
     status = 9
     with open(log, "a", buffering=1) as file:
         sys.stdout = file

@@ -248,21 +248,27 @@ def read(transformer, latents, text, mask, tokens, sigmas):
     def keep(name, attention):
         found.setdefault(name, []).append(attention)
 
-    def reader(block):
-        def hook(attn, _, states):
-            image = states["hidden_states"]
-            text = attn.add_k_proj(states["encoder_hidden_states"])
-            inputs = (attn.to_q(image), attn.to_k(image), text)
+    def read_block(block):
+        """Have a block read in every forward pass; the hooks that do."""
+        attn = transformer.transformer_blocks[block].attn
+        layers = star.query_and_key_layers(attn)
+        given = {}
+
+        def note(layer, _, output):
+            given[layer] = output
+
+        def hook(attn, *_):
+            inputs = [given.pop(layer) for layer in layers]
             for hops in (0, 1, 2) if block == 3 else (1,):
                 keep((block, hops), star.core_attention(attn, *inputs, mask, hops))
             if block == 3 and tokens:
                 each = [star.core_attention(attn, *inputs, token, 1) for token in tokens]
                 keep("tokens", torch.stack(each))
 
-        return hook
+        noted = [layer.register_forward_hook(note) for layer in layers]
+        return [*noted, attn.register_forward_hook(hook)]
 
-    blocks = transformer.transformer_blocks
-    hooks = [blocks[b].attn.register_forward_pre_hook(reader(b), with_kwargs=True) for b in (2, 3)]
+    hooks = [*read_block(2), *read_block(3)]
     try:
         for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             if i < len(latents):
