@@ -978,6 +978,7 @@ def offline(monkeypatch):
         raise OSError("offline")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # as the hub's client does between attempts
 
 
 @pytest.fixture
