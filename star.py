@@ -1124,6 +1124,7 @@ class Settings:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+KINDS = get_type_hints(Settings)  # {name: its type}
 FILES = ("train_prompts", "test_prompts", "transformer", "reward_model")  # settings that name files
 NO_DEFAULTS = ("task", "method", "model", "transformer", "out", "resume")  # not for a star.json
 
@@ -1201,10 +1202,9 @@ def model_defaults(model):
     try:
         layers |= json.loads(path.read_text())
         need(layers.keys() == PRESETS.keys(), f"has other layers than {', '.join(PRESETS)}")
-        hints = get_type_hints(Settings)
-        for kind in ("task", "method"):
-            for name in layers[kind]:
-                need(name in get_args(hints[kind]), f"{name} is no {kind}")
+        for layer in ("task", "method"):
+            for name in layers[layer]:
+                need(name in get_args(KINDS[layer]), f"{name} is no {layer}")
         for values in (layers["all"], *layers["task"].values(), *layers["method"].values()):
             for name, value in values.items():
                 need(name in FIELDS, f"{name} is no setting")
@@ -1229,7 +1229,7 @@ def make_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "Defaults are SD3.5 Medium's; a model's own are in its folder's star.json."
     layers = PRESETS["task"] | PRESETS["method"]
-    for name, kind in get_type_hints(Settings).items():
+    for name, kind in KINDS.items():
         default = str(FIELDS[name].default)
         for layer, values in layers.items():
             if name in values:
@@ -1339,7 +1339,7 @@ def resumed(given):
 
 def check_value(name, value):
     """Raise BadInput unless the value is one that the setting can have."""
-    kind = get_type_hints(Settings)[name]
+    kind = KINDS[name]
     choices = get_args(kind)
     if choices:
         need(value in choices, f"{flag(name)} {value}: one of {', '.join(choices)}")

@@ -2124,7 +2124,7 @@ def test_no_model_folder_gives_fdfo_a_kl(tmp_path):
         star.parse_settings(["--model", str(tmp_path), "--iterations", "0", "--method", "fdfo"])
 
 
-def test_only_a_model_under_assets_is_the_embedded_one(tmp_path, monkeypatch):
+def test_only_a_model_under_assets_is_the_embedded_one():
     """assets/ has other folders, and a user's own may have their names."""
     assert (ROOT / "assets/runs/default").is_dir()
     assert star.model_path("runs/default") == "runs/default"

@@ -19,6 +19,7 @@ The candidates are chosen on the batches of the *selection* and measured again o
 these rows.
 """
 
+import contextlib
 import csv
 import functools
 import math
@@ -243,46 +244,25 @@ def sample_batch(policy, reward, prompts, number, names, settings):
 def read(transformer, latents, text, mask, tokens, sigmas):
     """The Readings of all steps, by the sampler's forward passes: from the latents [K + 1, ...] of
     the noisy steps, and by Euler's steps after them."""
-    found = {}
+    with contextlib.ExitStack() as contexts:
 
-    def keep(name, attention):
-        found.setdefault(name, []).append(attention)
+        def captured(block, hops, mask):
+            """The list to which every forward pass adds its S [B, P]."""
+            capture = star.capture_attention(transformer, mask, (block,), hops)
+            return contexts.enter_context(capture)
 
-    def read_block(block):
-        """Have a block read in every forward pass; the hooks that do."""
-        attn = transformer.transformer_blocks[block].attn
-        layers = star.query_and_key_layers(attn)
-        given = {}
-
-        def note(layer, _, output):
-            given[layer] = output
-
-        def hook(attn, *_):
-            inputs = [given.pop(layer) for layer in layers]
-            for hops in (0, 1, 2) if block == 3 else (1,):
-                keep((block, hops), star.core_attention(attn, *inputs, mask, hops))
-            if block == 3 and tokens:
-                each = [star.core_attention(attn, *inputs, token, 1) for token in tokens]
-                keep("tokens", torch.stack(each))
-
-        noted = [layer.register_forward_hook(note) for layer in layers]
-        return [*noted, attn.register_forward_hook(hook)]
-
-    hooks = [*read_block(2), *read_block(3)]
-    try:
+        found = {key: captured(*key, mask) for key in ((2, 1), (3, 0), (3, 1), (3, 2))}
+        of_tokens = [captured(3, 1, token) for token in tokens]
         for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             if i < len(latents):
                 now = latents[i]
             times = torch.full((len(now),), sigma)
             velocity = star.predict_velocity(transformer, now, times, text, 1.0)
             now = now + (sigma_next - sigma) * velocity
-    finally:
-        for hook in hooks:
-            hook.remove()
     by_token = None
     present = None
     if tokens:
-        by_token = torch.stack(found.pop("tokens"), dim=1)
+        by_token = torch.stack([torch.stack(steps) for steps in of_tokens])
         present = torch.stack([token.any(1).float() for token in tokens])[:, None, :, None]
     attention = {name: torch.stack(steps) for name, steps in found.items()}
     return Readings(attention, by_token, present, None)
